@@ -1,0 +1,44 @@
+# make demo              install, then draw "a red apple" and "红苹果" into demo.png
+# make test              lint, types and all tests but the slow ones and the integration tests
+# make test-integration  the package as its users run it
+# make lint              lint and types alone
+# make clean             remove what was built (not the data, the runs or .venv)
+#
+# pip's own environment variables are honoured (PIP_INDEX_URL, PIP_FIND_LINKS, ...). A torch that is already in .venv
+# is kept if it is the pinned version. `make PYTHON=python3.12 ...` chooses the interpreter of a new .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+INPUTS := setup.cfg pyproject.toml constraints.txt
+
+.PHONY: demo test test-integration lint clean
+
+demo: .venv/installed
+	$(BIN)/mars-hf generate "a red apple" "红苹果" --out demo.png
+
+test: lint
+	$(BIN)/python -m pytest -m "not integration"
+
+test-integration: .venv/installed-for-development
+	$(BIN)/python -m pytest -m integration
+
+lint: .venv/installed-for-development
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist demo.png .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+# The stamp files make a second call install nothing.
+.venv/installed: $(INPUTS) | $(BIN)/python
+	$(INSTALL) -e .
+	@touch $@
+
+.venv/installed-for-development: $(INPUTS) | $(BIN)/python
+	$(INSTALL) -e ".[test,train,data]"
+	@touch .venv/installed $@
