@@ -1,0 +1,240 @@
+"""
+Configuration of MARS: a dense Qwen, the codebook of a VQ-GAN, and how the two share one vocabulary.
+
+The vocabulary is contiguous: text ids as in the language model, then one id per image code, then six specials, then
+padding. Every number that follows from others is a property here and stands nowhere else.
+"""
+
+import difflib
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec, strict
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+if TYPE_CHECKING:
+    Filled = Any  # may be given as None; `__post_init__` fills it in
+else:
+    Filled = int | None
+
+SUPPORTED_TEXT_MODELS = ("qwen2", "qwen3")
+
+# `<img>` and `</img>` are the paper's (figure 3); it counts six specials and names no other, so the rest is ours:
+# `<lowres>`, `</lowres>` enclose the picture that super-resolution starts from, `<null>` stands for the caption in
+# the unconditional row of guidance, and `<imgpad>` is where a processor leaves room for codes.
+SPECIAL_TOKENS = ("<img>", "</img>", "<lowres>", "</lowres>", "<null>", "<imgpad>")
+
+# What the library itself hands to a configuration beside its fields.
+LIBRARY_KEYS = frozenset(
+    "auto_map custom_pipelines quantization_config attn_implementation experts_implementation output_attentions "
+    "torch_dtype name_or_path model_type num_labels per_layer_config use_cache base_checkpoint".split()
+)
+
+
+@strict
+class MarsConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`MarsForConditionalGeneration`] (MARS, https://huggingface.co/papers/2407.07614).
+
+    Args:
+        text_config (`dict` or `PreTrainedConfig`, *optional*):
+            The language model's own configuration: `Qwen2Config` (the default) or `Qwen3Config`.
+        vq_config (`dict`, *optional*):
+            Configuration of the diffusers `VQModel` that turns pictures into codes and back. `None` leaves it out:
+            such a model takes and gives codes.
+        codebook_size (`int`, *optional*):
+            Number of image codes. Defaults to the `VQModel`'s, or 8,192 as in the paper.
+        downsample_factor (`int`, *optional*):
+            Side in pixels of the square that one code stands for. Defaults to the `VQModel`'s, or 16.
+        pad_vocab_to_multiple_of (`int`, defaults to 8):
+            The vocabulary is padded to a multiple of this. Padding rows have probability zero.
+        use_visual_expert (`bool`, defaults to `True`):
+            Give visual tokens their own projections and feed-forward blocks (the paper's SemVIE). `False` is the
+            paper's ablation: one set of weights for both modalities, which then has to be trained.
+        expert_output_projection (`bool`, defaults to `False`):
+            Also give visual tokens their own attention output projection. The paper's equation 3 and figure share
+            it, its count of trainable parameters fits both.
+        expert_impl (`str`, defaults to `"gather"`):
+            How a call with both modalities is computed: `"gather"` sends each token through its own expert only,
+            `"where"` sends all through both and selects, for export and for distributed ranks that must stay in step.
+        default_image_size (`int`, *optional*):
+            Height and width in pixels of a picture when none is asked for. Defaults to 16 codes a side.
+
+    Raises:
+        ValueError: If a value is impossible, two sizes contradict each other, the text model is not supported, or an
+            unknown key looks like a misspelt one.
+
+    Example:
+        >>> config = MarsConfig()  # Qwen-7B's numbers
+        >>> config.image_token_offset, config.vocab_size
+        (151936, 160136)
+    """
+
+    model_type = "mars"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    sub_configs_defaults: ClassVar[dict] = {
+        "text_config": SubConfigSpec(
+            config_class=AutoConfig, model_type="qwen2", init_kwargs={"intermediate_size": 11008}
+        )
+    }
+    base_model_fsdp_plan: ClassVar[dict] = {}
+    base_model_tp_plan: ClassVar[dict] = {
+        **{f"layers.*.self_attn.{p}{name}_proj": "colwise" for name in "qkv" for p in ("", "visual_")},
+        **{f"layers.*.self_attn.{p}o_proj": "rowwise" for p in ("", "visual_")},
+        **{f"layers.*.{p}mlp.{name}_proj": "colwise" for name in ("gate", "up") for p in ("", "visual_")},
+        **{f"layers.*.{p}mlp.down_proj": "rowwise" for p in ("", "visual_")},
+    }
+
+    text_config: Any = None  # dict or PreTrainedConfig
+    vq_config: dict | None = None
+    codebook_size: Filled = None
+    downsample_factor: Filled = None
+    pad_vocab_to_multiple_of: int = 8
+    use_visual_expert: bool = True
+    expert_output_projection: bool = False
+    expert_impl: Literal["gather", "where"] = "gather"
+    default_image_size: Filled = None
+    tie_word_embeddings: bool | None = None
+
+    def __post_init__(self, **kwargs: Any):
+        self._refuse_misspelt(kwargs)
+        self._refuse_other_text_models()
+        super().__post_init__(**kwargs)
+        if self.vq_config is not None:
+            # As JSON gives it back.
+            self.vq_config = {k: list(v) if isinstance(v, tuple) else v for k, v in self.vq_config.items()}
+            self._follow_vq_config(self.vq_config)
+        if self.codebook_size is None:
+            self.codebook_size = 8192
+        if self.downsample_factor is None:
+            self.downsample_factor = 16
+        if self.default_image_size is None:
+            self.default_image_size = 16 * self.downsample_factor
+        if self.tie_word_embeddings is None:
+            # The library ties by the top-level switch; the text model decides.
+            self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        self._refuse_impossible()
+
+    def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
+        known = [name for name in self.__dataclass_fields__ if not name.startswith("_")]
+        ours = [name for name in known if name in MarsConfig.__annotations__]
+        unknown = [key for key in kwargs if key not in known and key not in LIBRARY_KEYS and not key.startswith("_")]
+        for key in unknown:
+            if close := difflib.get_close_matches(key, ours, n=1, cutoff=0.8):
+                raise ValueError(f"`{key}` is no field of MarsConfig; did you mean `{close[0]}`?")
+        if unknown:
+            logger.warning(f"MarsConfig keeps keys that it does not know: {', '.join(sorted(unknown))}.")
+
+    def _refuse_other_text_models(self) -> None:
+        text = self.text_config
+        family = text.get("model_type", "qwen2") if isinstance(text, dict) else getattr(text, "model_type", "qwen2")
+        if family not in SUPPORTED_TEXT_MODELS:
+            raise ValueError(
+                f"`text_config` is of type '{family}', but MARS is built on dense Qwen models: expected one of "
+                f"{', '.join(SUPPORTED_TEXT_MODELS)}. Convert the language model to Qwen2's shape first."
+            )
+
+    def _follow_vq_config(self, vq_config: dict[str, Any]) -> None:
+        channels = vq_config.get("block_out_channels", (64,))
+        derived = {
+            "codebook_size": vq_config.get("num_vq_embeddings", 256),
+            "downsample_factor": 2 ** (len(channels) - 1),
+        }
+        for field, value in derived.items():
+            given = getattr(self, field)
+            if given is not None and given != value:
+                raise ValueError(
+                    f"`{field}` is {given}, but `vq_config` makes it {value}. Leave `{field}` out, or use the "
+                    "VQ-GAN that belongs to it."
+                )
+            setattr(self, field, value)
+
+    def _refuse_impossible(self) -> None:
+        for field in ("codebook_size", "downsample_factor", "pad_vocab_to_multiple_of", "default_image_size"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"`{field}` must be 1 or more, got {getattr(self, field)}.")
+        if self.default_image_size % self.downsample_factor:
+            raise ValueError(
+                f"`default_image_size` must be a multiple of `downsample_factor` ({self.downsample_factor}), got "
+                f"{self.default_image_size}."
+            )
+        if self.expert_output_projection and not self.use_visual_expert:
+            raise ValueError(
+                "`expert_output_projection` is True, but `use_visual_expert` is False: without visual experts there "
+                "is nothing to give an output projection to. Set one of the two the other way."
+            )
+        text = self.text_config
+        if text.num_attention_heads % text.num_key_value_heads:
+            raise ValueError(
+                f"`text_config.num_attention_heads` ({text.num_attention_heads}) must be a multiple of "
+                f"`text_config.num_key_value_heads` ({text.num_key_value_heads})."
+            )
+        if getattr(text, "head_dim", None) is None and text.hidden_size % text.num_attention_heads:
+            raise ValueError(
+                f"`text_config.hidden_size` ({text.hidden_size}) must be a multiple of "
+                f"`text_config.num_attention_heads` ({text.num_attention_heads})."
+            )
+
+    @property
+    def text_vocab_size(self) -> int:
+        """Number of text ids, as in the language model's embedding. Ids from here on are visual."""
+        return self.text_config.vocab_size
+
+    @property
+    def image_token_offset(self) -> int:
+        """Id of image code 0: `input_ids = image_codes + config.image_token_offset`."""
+        return self.text_vocab_size
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids: text, codes, specials and padding."""
+        used = self.text_vocab_size + self.codebook_size + len(SPECIAL_TOKENS)
+        return -(-used // self.pad_vocab_to_multiple_of) * self.pad_vocab_to_multiple_of
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """Rows of the visual embedding and the vision head: codes, specials and padding."""
+        return self.vocab_size - self.text_vocab_size
+
+    @property
+    def num_padding_tokens(self) -> int:
+        """Rows at the end of the vocabulary that no token uses."""
+        return self.num_visual_tokens - self.codebook_size - len(SPECIAL_TOKENS)
+
+    def _special_token_id(self, token: str) -> int:
+        return self.image_token_offset + self.codebook_size + SPECIAL_TOKENS.index(token)
+
+    @property
+    def image_start_token_id(self) -> int:
+        """Id of `<img>`."""
+        return self._special_token_id("<img>")
+
+    @property
+    def image_end_token_id(self) -> int:
+        """Id of `</img>`."""
+        return self._special_token_id("</img>")
+
+    @property
+    def lowres_start_token_id(self) -> int:
+        """Id of `<lowres>`."""
+        return self._special_token_id("<lowres>")
+
+    @property
+    def lowres_end_token_id(self) -> int:
+        """Id of `</lowres>`."""
+        return self._special_token_id("</lowres>")
+
+    @property
+    def null_token_id(self) -> int:
+        """Id of `<null>`."""
+        return self._special_token_id("<null>")
+
+    @property
+    def image_pad_token_id(self) -> int:
+        """Id of `<imgpad>`."""
+        return self._special_token_id("<imgpad>")
+
+
+__all__ = ["MarsConfig", "SPECIAL_TOKENS"]

@@ -1,0 +1,402 @@
+"""
+Decoding of MARS: `generate` with a mode, a grammar for pictures, and classifier-free guidance.
+
+`generation_mode="text"` is transformers' own loop over text ids (captions and plain language). `"image"` draws: after
+the prompt comes `<img>`, then exactly as many codes as the picture has cells, then `</img>`, whatever the sampler
+does. The conditional and the unconditional row of guidance run as one batch over one cache.
+"""
+
+from collections.abc import Iterator
+from math import isqrt
+from typing import Any
+
+import torch
+from transformers.generation import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+GENERATION_MODES = ("text", "image")
+DRAWING_ARGUMENTS = ("height", "width", "image_sizes", "generator", "negative_input_ids", "negative_attention_mask")
+
+# Processors that treat all entries alike: they may see the scores of the codes alone. Any other one, a user's own for
+# example, sees the whole vocabulary.
+VOCABULARY_BLIND = (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    MinPLogitsWarper,
+    TypicalLogitsWarper,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+)
+
+
+def position_ids_of(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Give consecutive positions `(batch, seq)` that start at each row's first attended token."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+class MarsGenerationMixin(GenerationMixin):
+    """Adds the drawing of pictures to `generate`."""
+
+    @torch.no_grad()
+    def generate(
+        self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs
+    ):
+        r"""
+        Write text or draw pictures.
+
+        Args:
+            inputs (`torch.LongTensor` of shape `(batch, seq)`, *optional*): The prompt, or `input_ids=`.
+            generation_config ([`GenerationConfig`], *optional*): As in transformers.
+            generation_mode (`str`, defaults to `"text"`): `"text"` or `"image"`.
+            image_sizes (`torch.LongTensor` of shape `(batch, pictures, 2)`, *optional*):
+                Heights and widths in pixels, as the processor returns them.
+            height, width (`int`, *optional*): Fill `image_sizes`, or check it.
+            guidance_scale (`float`, *optional*):
+                Image mode: `uncond + scale * (cond - uncond)` on the logits, before temperature, top-k and top-p.
+                None or 1 leaves the unconditional rows out.
+            negative_input_ids, negative_attention_mask (`torch.LongTensor` of shape `(batch, negative_seq)`):
+                The unconditional rows, as the processor returns them.
+            generator (`torch.Generator`, *optional*): Source of randomness when sampling pictures.
+            kwargs: Everything else that transformers' `generate` takes.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch * num_return_sequences, seq)` or a `GenerateDecoderOnlyOutput`. In
+            image mode a row is prompt, `<img>`, codes, `</img>`, then padding if other rows are longer.
+
+        Raises:
+            ValueError: If sizes are impossible or contradict each other, the context is too short for the picture,
+                or an option does not exist in the mode.
+        """
+        mode = kwargs.pop("generation_mode", None) or getattr(generation_config, "generation_mode", None) or "text"
+        if mode not in GENERATION_MODES:
+            raise ValueError(f"`generation_mode` must be one of {', '.join(GENERATION_MODES)}, got {mode!r}.")
+        input_ids = kwargs.pop("input_ids", inputs) if inputs is None else inputs
+        if input_ids is not None:
+            if kwargs.get("pixel_values") is not None:
+                # Once and first, so that the returned sequences hold true codes.
+                input_ids = self.fill_image_codes(input_ids, kwargs.pop("pixel_values"))
+            self._check_ids(input_ids)
+        if mode == "image":
+            kwargs = self._prepare_drawing(input_ids, generation_config, kwargs)
+        else:
+            kwargs = {name: value for name, value in kwargs.items() if name not in DRAWING_ARGUMENTS}
+            kwargs["vocabulary"] = "text"  # the grammar of text: the vision head is not even computed
+            if input_ids is not None and not bool((input_ids >= self.config.image_token_offset).any()):
+                kwargs["modality"] = "text"
+        kwargs.pop("pixel_values", None)
+        return super().generate(input_ids, generation_config, generation_mode=mode, **kwargs)
+
+    def _prepare_drawing(
+        self, input_ids: torch.Tensor, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Check a call of image mode before any work, and give it `image_sizes` and its length."""
+        if input_ids is None or kwargs.get("inputs_embeds") is not None:
+            raise ValueError('`generation_mode="image"` needs `input_ids` as its prompt.')
+
+        def setting(name: str, default: Any) -> Any:
+            sources = (
+                kwargs.get(name),
+                getattr(generation_config, name, None),
+                getattr(self.generation_config, name, None),
+            )
+            return next((value for value in sources if value is not None), default)
+
+        if setting("num_beams", 1) != 1 or kwargs.get("assistant_model") is not None:
+            raise ValueError('`generation_mode="image"` samples or is greedy: beams and assistants are not possible.')
+        if not setting("use_cache", True) or kwargs.get("past_key_values") is not None:
+            raise ValueError(
+                '`generation_mode="image"` keeps a cache of its own: leave `use_cache` and `past_key_values`.'
+            )
+        scale = setting("guidance_scale", 1.0)
+        if scale < 0:
+            raise ValueError(f"`guidance_scale` must be 0 or more, got {scale}.")
+        if scale != 1.0 and kwargs.get("negative_input_ids") is None:
+            raise ValueError(
+                f"`guidance_scale={scale}` needs `negative_input_ids`: pass on all that the processor returned, or "
+                "set `guidance_scale=1.0`."
+            )
+        sizes = self._image_sizes(input_ids.shape[0], kwargs.pop("height", None), kwargs.pop("width", None), kwargs)
+        num_codes = int(self._num_codes(input_ids, sizes).max())
+        needed = num_codes + 2
+        longest = max(input_ids.shape[1], kwargs["negative_input_ids"].shape[1] if scale != 1.0 else 0)
+        context = self.config.text_config.max_position_embeddings
+        if longest + needed > context:
+            raise ValueError(
+                f"The prompt has {longest} tokens and the picture needs {needed} ({num_codes} codes, `<img>` and "
+                f"`</img>`), together more than the context of {context}. Shorten the prompt or draw a smaller "
+                "picture."
+            )
+        asked = kwargs.pop("max_new_tokens", None)
+        if (max_length := kwargs.pop("max_length", None)) is not None and asked is None:
+            asked = max_length - input_ids.shape[1]
+        if asked is not None and asked < needed:
+            raise ValueError(f"The picture needs {needed} new tokens, but only {asked} are allowed.")
+        if scale == 1.0:
+            kwargs.pop("negative_input_ids", None), kwargs.pop("negative_attention_mask", None)
+        return {**kwargs, "image_sizes": sizes, "max_new_tokens": needed}
+
+    def _image_sizes(self, batch: int, height: int | None, width: int | None, kwargs: dict[str, Any]) -> torch.Tensor:
+        """Read, fill and check sizes: `(batch, pictures, 2)` in pixels."""
+        sizes = kwargs.pop("image_sizes", None)
+        if (height is None) != (width is None):
+            raise ValueError(f"Give `height` and `width` together, got height={height} and width={width}.")
+        if sizes is None:
+            side = self.config.default_image_size
+            sizes = [[[side if height is None else height, side if width is None else width]]] * batch
+            height = width = None
+        sizes = torch.as_tensor(sizes, dtype=torch.long)
+        if sizes.ndim != 3 or sizes.shape[0] != batch or sizes.shape[2] != 2:
+            raise ValueError(f"`image_sizes` must have shape ({batch}, pictures, 2), got {tuple(sizes.shape)}.")
+        if height is not None and (sizes[:, -1] != torch.tensor([height, width], device=sizes.device)).any():
+            raise ValueError(
+                f"`height={height}, width={width}` contradict `image_sizes` {sizes[:, -1].tolist()}. Give one of them."
+            )
+        factor = self.config.downsample_factor
+        last = sizes[:, -1]
+        if (last <= 0).any() or (last % factor).any():
+            raise ValueError(f"Heights and widths must be positive multiples of {factor}, got {last.tolist()}.")
+        return sizes
+
+    def _num_codes(self, input_ids: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
+        """Count the codes `(batch,)` of the picture that comes next in each row."""
+        sizes = image_sizes.to(input_ids.device)
+        before = (input_ids == self.config.image_end_token_id).sum(-1).clamp_max(sizes.shape[1] - 1)
+        height, width = sizes[torch.arange(len(sizes), device=sizes.device), before].unbind(-1)
+        return (height // self.config.downsample_factor) * (width // self.config.downsample_factor)
+
+    def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any):
+        mode, generator = kwargs.pop("generation_mode", "text"), kwargs.pop("generator", None)
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        generation_config.generation_mode, generation_config.generator = mode, generator
+        generation_config.image_guidance_scale = 1.0
+        if mode == "image":
+            # Taken from the library, which would run a second, unbatched forward for it.
+            generation_config.image_guidance_scale = generation_config.guidance_scale or 1.0
+            if generation_config.guidance_scale == 0:
+                generation_config.image_guidance_scale = 0.0
+            generation_config.guidance_scale = None
+        return generation_config, model_kwargs
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_cache_length):
+        if generation_config.image_guidance_scale != 1.0:
+            batch_size *= 2
+            max_cache_length += model_kwargs["negative_input_ids"].shape[1]  # a negative prompt may be the longer
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, mode, batch_size, max_cache_length
+        )
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration: bool | None = False, **kwargs):
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and "input_ids" in model_inputs:
+            model_inputs.pop("visual_mask", None)  # it covers the prompt's embeddings; new ids speak for themselves
+        return model_inputs
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer=None,
+        **model_kwargs,
+    ):
+        if generation_config.generation_mode != "image":
+            return super()._sample(
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus,
+                streamer,
+                **model_kwargs,
+            )
+        return self._draw(input_ids, logits_processor, generation_config, synced_gpus, streamer, **model_kwargs)
+
+    def _draw(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool,
+        streamer,
+        past_key_values,
+        image_sizes: torch.Tensor,
+        **model_kwargs,
+    ):
+        """Draw one picture a row: prefill the prompt, then feed `<img>` and code after code."""
+        config, scale = self.config, generation_config.image_guidance_scale
+        num_codes = self._num_codes(input_ids, image_sizes)  # (batch,)
+        total, batch = int(num_codes.max()), len(input_ids)
+        rows, mask = self._prompt_rows(input_ids, scale != 1.0, **model_kwargs)
+        is_text = not bool((rows >= config.image_token_offset).any())
+        step_inputs = {
+            "past_key_values": past_key_values,
+            "use_cache": True,
+            "vocabulary": "visual",
+            "logits_to_keep": 1,
+        }
+        prompt_positions = position_ids_of(mask)
+        modality = "text" if is_text else None
+        self(rows, attention_mask=mask, position_ids=prompt_positions, modality=modality, **step_inputs)
+
+        picture = input_ids.new_full((batch, total + 2), self._pad_id(generation_config))
+        picture[:, 0] = config.image_start_token_id
+        if streamer is not None:
+            streamer.put(picture[:, 0].cpu())
+        scores_kept: list[torch.Tensor] = []
+        step, position = 0, prompt_positions[:, -1:]
+        while self._has_unfinished_sequences(step >= total, synced_gpus, device=input_ids.device):
+            # Rows whose picture is complete are fed `</img>` until the longest is done.
+            fed = picture[:, min(step, total)].where(step <= num_codes, config.image_end_token_id)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            position = position + 1
+            token = fed.repeat(len(rows) // batch)[:, None]
+            logits = self(token, attention_mask=mask, position_ids=position, modality="image", **step_inputs).logits
+            if step < total:
+                scores = self._code_scores(logits[:, -1], scale, input_ids, picture[:, : step + 1], logits_processor)
+                if generation_config.return_dict_in_generate and generation_config.output_scores:
+                    scores_kept.append(self._widen(scores))
+                codes = pick_codes(scores, generation_config.do_sample, generation_config.generator)
+                picture[:, step + 1] = torch.where(step < num_codes, codes + config.image_token_offset, picture[:, -1])
+                if streamer is not None:
+                    streamer.put(picture[:, step + 1].cpu())
+            step += 1
+        picture.scatter_(1, num_codes[:, None] + 1, config.image_end_token_id)
+        if streamer is not None:
+            streamer.put(picture[:, -1].cpu())
+            streamer.end()
+        sequences = torch.cat([input_ids, picture], dim=1)
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences, scores=tuple(scores_kept) or None, past_key_values=past_key_values
+        )
+
+    def _pad_id(self, generation_config: GenerationConfig) -> int:
+        """Id that fills up rows with smaller pictures; a text id, so that nothing takes it for a code."""
+        pad = generation_config._pad_token_tensor
+        return 0 if pad is None else int(pad)
+
+    def _prompt_rows(
+        self,
+        input_ids: torch.Tensor,
+        guided: bool,
+        attention_mask: torch.Tensor | None = None,
+        negative_input_ids: torch.Tensor | None = None,
+        negative_attention_mask: torch.Tensor | None = None,
+        **unused: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the prompts to prefill and their mask; guided, conditional over unconditional, left-padded alike."""
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if not guided or negative_input_ids is None:
+            return input_ids, attention_mask
+        if negative_attention_mask is None:
+            negative_attention_mask = torch.ones_like(negative_input_ids)
+        width = max(input_ids.shape[1], negative_input_ids.shape[1])
+        ids, mask = (
+            torch.cat([torch.nn.functional.pad(part, (width - part.shape[1], 0)) for part in pair])
+            for pair in ((input_ids, negative_input_ids), (attention_mask, negative_attention_mask))
+        )
+        return ids, mask
+
+    def _code_scores(
+        self,
+        logits: torch.Tensor,
+        scale: float,
+        input_ids: torch.Tensor,
+        drawn: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+    ) -> torch.Tensor:
+        """Guidance, then the grammar (codes only), then the sampler's processors: scores `(batch, codebook_size)`."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if scale != 1.0:
+            conditional, unconditional = logits.chunk(2)
+            logits = torch.lerp(unconditional, conditional, scale)
+        scores = logits[:, : self.config.codebook_size]
+        if all(isinstance(processor, VOCABULARY_BLIND) for processor in logits_processor):
+            return logits_processor(input_ids, scores)
+        widened = logits_processor(torch.cat([input_ids, drawn], dim=1), self._widen(scores))
+        return widened[:, self.config.image_token_offset :][:, : self.config.codebook_size]
+
+    def _widen(self, scores: torch.Tensor) -> torch.Tensor:
+        """Put scores of codes `(batch, codebook_size)` at their places in the whole vocabulary, -inf elsewhere."""
+        wide = scores.new_full((len(scores), self.config.vocab_size), -torch.inf)
+        wide[:, self.config.image_token_offset :][:, : self.config.codebook_size] = scores
+        return wide
+
+    def collect_image_codes(
+        self, sequences: torch.Tensor, image_sizes: torch.Tensor | list | None = None
+    ) -> list[list[torch.Tensor]]:
+        """
+        Find every complete picture of generated sequences.
+
+        Args:
+            sequences (`torch.LongTensor` of shape `(num, seq)`): As `generate` returns them.
+            image_sizes (`torch.LongTensor` of shape `(batch, pictures, 2)`, *optional*):
+                Heights and widths in pixels; `num` may be a multiple of `batch`. If None, pictures are square.
+
+        Returns:
+            `list[list[torch.LongTensor]]`: For each row, the codes `(height / f, width / f)` of each of its pictures.
+
+        Raises:
+            ValueError: If a picture's codes do not fit its size, or anything but codes stands in a picture.
+        """
+        sizes = None if image_sizes is None else torch.as_tensor(image_sizes).tolist()
+        if sizes is not None and len(sequences) % len(sizes):
+            raise ValueError(f"{len(sequences)} sequences cannot share {len(sizes)} rows of `image_sizes`.")
+        repeats = 1 if sizes is None else len(sequences) // len(sizes)
+        rows = []
+        for index, row in enumerate(sequences):
+            row_sizes = None if sizes is None else sizes[index // repeats]
+            pictures = enumerate(self._picture_spans(row))
+            rows.append(
+                [self._shape_codes(span, row_sizes and row_sizes[min(n, len(row_sizes) - 1)]) for n, span in pictures]
+            )
+        return rows
+
+    def _picture_spans(self, row: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the ids between each `<img>` (or run of them) and its `</img>`."""
+        starts = (row == self.config.image_start_token_id).nonzero().flatten().tolist()
+        ends = (row == self.config.image_end_token_id).nonzero().flatten().tolist()
+        for end in ends:
+            if before := [start for start in starts if start < end]:
+                yield row[before[-1] + 1 : end]
+                starts = [start for start in starts if start > end]
+
+    def _shape_codes(self, span: torch.Tensor, size: list[int] | None) -> torch.Tensor:
+        codes = span - self.config.image_token_offset
+        if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.config.codebook_size):
+            raise ValueError("A picture of `sequences` holds ids that are no image codes.")
+        factor = self.config.downsample_factor
+        side = isqrt(codes.numel())
+        height, width = (side, side) if size is None else (size[0] // factor, size[1] // factor)
+        if height * width != codes.numel():
+            wanted = "a square" if size is None else f"{size[0]}x{size[1]} pixels ({height * width} codes)"
+            raise ValueError(f"A picture of `sequences` has {codes.numel()} codes, which do not make {wanted}.")
+        return codes.view(height, width)
+
+
+def pick_codes(scores: torch.Tensor, do_sample: bool, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Choose one code a row from scores `(batch, codebook_size)`: sampled, or the best one."""
+    if not do_sample:
+        return scores.argmax(-1)
+    return torch.multinomial(scores.softmax(-1), num_samples=1, generator=generator).squeeze(1)
+
+
+__all__ = ["MarsGenerationMixin"]

@@ -1,0 +1,650 @@
+"""
+MARS: a frozen language model with a visual expert beside every projection and feed-forward block.
+
+Reading order: `ModalityRouter` says which expert a token belongs to, `MarsAttention` and `MarsDecoderLayer` apply it
+(SemVIE, the paper's section 3.3), `MarsModel` is the trunk, `MarsForConditionalGeneration` adds the two heads and the
+VQ-GAN. Building blocks that do not differ from Qwen2 are Qwen2's own. Decoding is in `generation_mars.py`, turning
+pictures into pixels is the processor's.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, cast
+
+import torch
+from diffusers import VQModel
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.qwen2.modeling_qwen2 import (
+    Qwen2MLP,
+    Qwen2RMSNorm,
+    Qwen2RotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_mars import MarsConfig
+from .generation_mars import MarsGenerationMixin
+from .image_processing_mars import decode_codes, encode_pixels
+
+Modality = Literal["text", "image"]
+Vocabulary = Literal["all", "text", "visual"]
+
+
+class PermuteRows(torch.autograd.Function):
+    """`rows[order]` for a permutation: the backward is the inverse permutation, not the scatter of a general index."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(order, inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return gradient.index_select(0, inverse), None, None
+
+
+class ModalityRouter:
+    """
+    Sends each token to the expert of its own modality (the router of the paper's figure 3; it has no weights).
+
+    Built once per forward and handed down to all layers. `split` gives what each expert reads, `merge` puts back
+    together what they answer.
+
+    Args:
+        visual_mask (`torch.BoolTensor` of shape `(batch, seq)`):
+            `True` where a token is visual.
+        modality (`str`, *optional*):
+            `"text"` or `"image"` if every token of the call is known to be of that modality: a dense call.
+        impl (`str`): `"gather"` or `"where"`, see [`MarsConfig`].
+    """
+
+    def __init__(self, visual_mask: torch.Tensor, modality: Modality | None, impl: str):
+        self.visual_mask, self.modality, self.impl = visual_mask, modality, impl
+        if modality is None and impl == "gather":
+            flat = visual_mask.flatten()
+            self.order = torch.argsort(flat.to(torch.uint8), stable=True)  # text first, each kind in its order
+            self.inverse = torch.argsort(self.order)
+            num_visual = int(flat.sum())  # the one host synchronisation of a forward
+            self.counts = (flat.numel() - num_visual, num_visual)
+
+    def split(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the rows that the text and the visual expert read, from states of shape `(batch, seq, hidden)`."""
+        if self.modality is not None or self.impl == "where":
+            return hidden_states, hidden_states
+        return PermuteRows.apply(hidden_states.flatten(0, 1), self.order, self.inverse).split(self.counts)
+
+    def merge(self, parts: tuple[torch.Tensor, torch.Tensor], text: Callable, visual: Callable) -> torch.Tensor:
+        """
+        Apply the experts to what `split` gave and put the answers in token order.
+
+        An expert that has no token is called all the same in a mixed call: distributed ranks stay in step, and its
+        gradient is zero instead of missing.
+        """
+        if self.modality is not None:
+            return text(parts[0]) if self.modality == "text" else visual(parts[1])
+        text_output, visual_output = text(parts[0]), visual(parts[1])
+        if self.impl == "where":
+            return torch.where(self.visual_mask[..., None], visual_output, text_output)
+        merged = PermuteRows.apply(torch.cat([text_output, visual_output]), self.inverse, self.order)
+        return merged.view(*self.visual_mask.shape, -1)
+
+
+class MarsAttention(nn.Module):
+    """
+    Multi-head attention across modalities with separate projections per modality (Attention-MoE, equation 3).
+
+    Each token is projected to query, key and value by the expert of its own modality; all tokens then attend to one
+    another under a single causal mask and share one output projection, unless the configuration gives it an expert.
+    """
+
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    visual_o_proj: nn.Linear
+
+    def __init__(self, config: MarsConfig, layer_idx: int):
+        super().__init__()
+        text = config.text_config
+        self.config, self.layer_idx = text, layer_idx
+        self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.num_key_value_groups = text.num_attention_heads // text.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = text.attention_dropout
+        self.is_causal = True
+        self.sliding_window = text.sliding_window if text.layer_types[layer_idx] == "sliding_attention" else None
+
+        is_qwen3 = text.model_type == "qwen3"
+        qkv_bias, output_bias = (text.attention_bias, text.attention_bias) if is_qwen3 else (True, False)
+        width, kv_width = text.num_attention_heads * self.head_dim, text.num_key_value_heads * self.head_dim
+        for prefix in ("", "visual_") if config.use_visual_expert else ("",):
+            self.add_module(f"{prefix}q_proj", nn.Linear(text.hidden_size, width, bias=qkv_bias))
+            self.add_module(f"{prefix}k_proj", nn.Linear(text.hidden_size, kv_width, bias=qkv_bias))
+            self.add_module(f"{prefix}v_proj", nn.Linear(text.hidden_size, kv_width, bias=qkv_bias))
+        for prefix in ("", "visual_") if config.expert_output_projection else ("",):
+            self.add_module(f"{prefix}o_proj", nn.Linear(width, text.hidden_size, bias=output_bias))
+        # Qwen3 normalises queries and keys of each head; as all norms, these are shared and frozen.
+        self.q_norm = Qwen2RMSNorm(self.head_dim, eps=text.rms_norm_eps) if is_qwen3 else nn.Identity()
+        self.k_norm = Qwen2RMSNorm(self.head_dim, eps=text.rms_norm_eps) if is_qwen3 else nn.Identity()
+
+    def _expert(self, name: str) -> Callable:
+        """The visual counterpart of a text module, or that module itself where both modalities share it."""
+        return getattr(self, f"visual_{name}", None) or getattr(self, name)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        router: ModalityRouter,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        head_shape = (*input_shape, -1, self.head_dim)
+
+        parts = router.split(hidden_states)
+        query = router.merge(parts, self.q_proj, self._expert("q_proj")).view(head_shape)
+        key = router.merge(parts, self.k_proj, self._expert("k_proj")).view(head_shape)
+        value = router.merge(parts, self.v_proj, self._expert("v_proj")).view(head_shape)
+        query, key = self.q_norm(query).transpose(1, 2), self.k_norm(key).transpose(1, 2)
+        value = value.transpose(1, 2)  # (batch, kv_heads, seq, head_dim)
+
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=0.0 if not self.training else self.attention_dropout,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous()
+        if hasattr(self, "visual_o_proj"):
+            return router.merge(router.split(attn_output), self.o_proj, self.visual_o_proj), attn_weights
+        return self.o_proj(attn_output), attn_weights
+
+
+class MarsDecoderLayer(GradientCheckpointingLayer):
+    """One layer of SemVIE: shared norms, attention and feed-forward block by modality (equations 3 and 4)."""
+
+    def __init__(self, config: MarsConfig, layer_idx: int):
+        super().__init__()
+        text = config.text_config
+        self.self_attn = MarsAttention(config, layer_idx)
+        self.mlp = Qwen2MLP(text)
+        if config.use_visual_expert:
+            self.visual_mlp = Qwen2MLP(text)
+        self.input_layernorm = Qwen2RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+        self.post_attention_layernorm = Qwen2RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, router: ModalityRouter, **kwargs: Any) -> torch.Tensor:
+        residual = hidden_states
+        hidden_states, _ = self.self_attn(self.input_layernorm(hidden_states), router=router, **kwargs)
+        hidden_states = residual + hidden_states
+
+        residual = hidden_states
+        parts = router.split(self.post_attention_layernorm(hidden_states))
+        return residual + router.merge(parts, self.mlp, getattr(self, "visual_mlp", self.mlp))
+
+
+class MarsPreTrainedModel(PreTrainedModel):
+    """Weights, loading and freezing shared by the MARS classes."""
+
+    config: MarsConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MarsDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["vqgan"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": MarsDecoderLayer, "attentions": MarsAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, VQModel):
+            for part in module.modules():
+                super()._init_weights(part)
+            bound = 1.0 / module.config.num_vq_embeddings
+            init.uniform_(module.quantize.embedding.weight, -bound, bound)
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any):
+        """
+        Load a checkpoint, strictly, and freeze the text part.
+
+        See [`~PreTrainedModel.from_pretrained`] for the arguments. Loading resets what is trainable, so the freeze
+        is made anew here.
+
+        Raises:
+            ValueError: If a tensor is missing, unexpected or of the wrong shape.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        problems = {
+            kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        }
+        if not hasattr(model, "vision_head"):
+            problems["unexpected_keys"] = []  # a trunk alone may be loaded from a full checkpoint
+        if may_mismatch:
+            problems["mismatched_keys"] = []
+        found = "; ".join(f"{kind.replace('_keys', '')}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
+        if found:
+            raise ValueError(f"The checkpoint does not fit the model of its configuration. Tensors {found}.")
+        if model.config.use_visual_expert:
+            model.freeze_text()
+        return (model, info) if wants_info else model
+
+    def freeze_text(self) -> None:
+        """
+        Freeze the language model, shared norms and output projection, and the VQ-GAN; train the visual part.
+
+        Raises:
+            ValueError: If the configuration has no visual experts: then the shared weights are what is trained.
+        """
+        if not self.config.use_visual_expert:
+            raise ValueError("`freeze_text()` needs `use_visual_expert=True`: without experts all weights are shared.")
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(is_visual_parameter(name))
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any):
+        """Refuse: the vocabulary is text, codes, specials and padding at fixed places."""
+        raise ValueError(
+            "MARS cannot resize its vocabulary: image codes and specials stand at fixed ids behind the text ids. Use "
+            "ids that the text tokenizer leaves free, or convert a language model with a larger vocabulary."
+        )
+
+
+def is_visual_parameter(name: str) -> bool:
+    """
+    Say whether a parameter belongs to the visual part, which trains, by its name.
+
+    Example:
+        >>> is_visual_parameter("model.layers.0.self_attn.visual_q_proj.weight")
+        True
+    """
+    return any(part.startswith("visual_") or part == "vision_head" for part in name.split("."))
+
+
+class MarsModel(MarsPreTrainedModel):
+    """The trunk of MARS: two embedding tables, SemVIE layers, the language model's final norm."""
+
+    def __init__(self, config: MarsConfig):
+        super().__init__(config)
+        config._attn_implementation = config._attn_implementation  # the setter hands it on to the text model's part
+        text = config.text_config
+        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
+        self.visual_embed_tokens = nn.Embedding(config.num_visual_tokens, text.hidden_size)
+        self.layers = nn.ModuleList([MarsDecoderLayer(config, index) for index in range(text.num_hidden_layers)])
+        self.norm = Qwen2RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+        self.rotary_emb = Qwen2RotaryEmbedding(config=text)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def embed(self, input_ids: torch.Tensor, visual_mask: torch.Tensor, modality: Modality | None) -> torch.Tensor:
+        """Look ids `(batch, seq)` up in the table of their modality."""
+        if modality == "text":
+            return self.embed_tokens(input_ids)
+        visual_ids = input_ids - self.config.image_token_offset
+        if modality == "image":
+            return self.visual_embed_tokens(visual_ids)
+        text = self.embed_tokens(input_ids.masked_fill(visual_mask, 0))
+        return torch.where(visual_mask[..., None], self.visual_embed_tokens(visual_ids.clamp_min(0)), text)
+
+    def _masks(self, **kwargs: Any) -> dict[str, torch.Tensor | None]:
+        text = self.config.text_config
+        masks = {"full_attention": create_causal_mask(config=text, **kwargs)}
+        if "sliding_attention" in text.layer_types:
+            masks["sliding_attention"] = create_sliding_window_causal_mask(config=text, **kwargs)
+        return masks
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(  # type: ignore[misc]
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        visual_mask: torch.Tensor | None = None,
+        modality: Modality | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        r"""
+        Run the trunk; each token goes through the expert of its modality.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*): Ids of the joint vocabulary.
+            attention_mask (`torch.Tensor` of shape `(batch, seq)`, *optional*): 1 to attend, 0 to ignore.
+            position_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*): Consecutive positions.
+            past_key_values (`Cache`, *optional*): Keys and values of earlier tokens; extended in place.
+            inputs_embeds (`torch.Tensor` of shape `(batch, seq, hidden)`, *optional*): Instead of `input_ids`.
+            visual_mask (`torch.BoolTensor` of shape `(batch, seq)`, *optional*):
+                `True` where a token is visual. Derived from `input_ids` if None; with `inputs_embeds`, None is text.
+            modality (`str`, *optional*):
+                `"text"` or `"image"` promises that all tokens are of that modality, which saves the routing.
+            use_cache (`bool`, *optional*): Return keys and values.
+
+        Returns:
+            [`BaseModelOutputWithPast`]: `last_hidden_state` of shape `(batch, seq, hidden)` and the cache.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        given = cast(torch.Tensor, inputs_embeds if input_ids is None else input_ids)
+        if visual_mask is None:  # main diff with Qwen2: the id tells the modality
+            visual_mask = torch.zeros(given.shape[:2], dtype=torch.bool, device=given.device)
+            visual_mask = visual_mask if input_ids is None else input_ids >= self.config.image_token_offset
+        if visual_mask.shape != given.shape[:2]:
+            raise ValueError(
+                f"`visual_mask` must have shape {tuple(given.shape[:2])}, one entry per token, got "
+                f"{tuple(visual_mask.shape)}."
+            )
+        hidden_states = given if input_ids is None else self.embed(given, visual_mask, modality)
+        shared = modality if self.config.use_visual_expert else "text"
+        router = ModalityRouter(visual_mask, shared, self.config.expert_impl)
+
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(given.shape[1], device=given.device)[None] + past_length
+
+        masks = (
+            attention_mask  # `generate` may have prepared them
+            if isinstance(attention_mask, dict)
+            else self._masks(
+                inputs_embeds=hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        )
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer, layer_type in zip(self.layers, self.config.text_config.layer_types, strict=True):
+            hidden_states = layer(
+                hidden_states,
+                router=router,
+                attention_mask=masks[layer_type],
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+
+class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
+    """
+    MARS complete: trunk, text head and vision head under one softmax, and the VQ-GAN.
+
+    `model.vqgan` is a diffusers `VQModel`, or `None` if the configuration has none: such a model takes and gives
+    codes only.
+    """
+
+    output_modalities = ("image", "text")
+    _tied_weights_keys = {"text_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"text_head": "colwise_gather_output", "vision_head": "colwise_gather_output"}
+
+    def __init__(self, config: MarsConfig):
+        super().__init__(config)
+        text = config.text_config
+        self.model = MarsModel(config)
+        self.text_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.vision_head = nn.Linear(text.hidden_size, config.num_visual_tokens, bias=False)
+        self.vqgan = VQModel.from_config(config.vq_config) if config.vq_config is not None else None
+        self.post_init()
+
+    @classmethod
+    def from_text_and_vq(cls, text_model: PreTrainedModel, vq_model: VQModel | None = None, **config_kwargs: Any):
+        """
+        Build a MARS from a loaded language model and VQ-GAN; visual experts start as copies of the text experts.
+
+        As in the paper (section 3.3), visual embeddings start as the mean of the text embeddings. `<null>` starts as
+        the row of the end-of-text token, the vision head as the mean text-head row plus a little noise: with equal
+        rows the trunk would receive no gradient at the first step. Neither is stated in the paper.
+
+        Args:
+            text_model (`Qwen2ForCausalLM` or `Qwen3ForCausalLM`): The language model; copied, not changed.
+            vq_model (`VQModel`, *optional*): The image tokenizer; copied, not changed.
+            config_kwargs: Further fields of [`MarsConfig`].
+
+        Returns:
+            [`MarsForConditionalGeneration`]: In the dtype of `text_model`, the text part frozen.
+
+        Raises:
+            ValueError: If the language model is of an unsupported type.
+        """
+        vq_config = None if vq_model is None else {k: v for k, v in vq_model.config.items() if not k.startswith("_")}
+        text_config = type(text_model.config).from_dict(text_model.config.to_dict())
+        config = MarsConfig(text_config=text_config, vq_config=vq_config, **config_kwargs)
+        config._attn_implementation = text_model.config._attn_implementation
+        model = cls(config).to(device=text_model.device, dtype=text_model.dtype)
+        if vq_model is not None:
+            model.vqgan.float().load_state_dict(vq_model.state_dict(), strict=True)
+        model._copy_text_model(text_model)
+        if config.use_visual_expert:
+            model.freeze_text()
+        if text_model.can_generate():
+            model.generation_config.eos_token_id = text_model.generation_config.eos_token_id
+            model.generation_config.pad_token_id = text_model.generation_config.pad_token_id
+        return model.eval()
+
+    @torch.no_grad()
+    def _copy_text_model(self, text_model: PreTrainedModel) -> None:
+        source = {name.replace("lm_head.", "text_head."): value for name, value in text_model.state_dict().items()}
+        target = self.state_dict()
+        for name in target:
+            origin = name.replace("visual_", "") if is_visual_parameter(name) else name
+            if origin in source and target[name].shape == source[origin].shape:
+                target[name].copy_(source[origin])
+        embeddings, head = source["model.embed_tokens.weight"], source["text_head.weight"]
+        visual = self.model.visual_embed_tokens.weight
+        visual.copy_(embeddings.float().mean(0).expand_as(visual))
+        end = text_model.config.eos_token_id
+        end = end[0] if isinstance(end, list) else end
+        if end is not None:
+            visual[self.config.null_token_id - self.config.image_token_offset] = embeddings[end]
+        noise = torch.randn(self.vision_head.weight.shape, device=head.device) * (0.02 * head.float().std())
+        self.vision_head.weight.copy_(head.float().mean(0) + noise)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.text_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.text_head = value
+
+    def _require_vqgan(self) -> VQModel:
+        if self.vqgan is None:
+            raise ValueError(
+                "This model carries no VQ-GAN (`config.vq_config` is None). Give and take image codes, or build it "
+                "with one: `MarsForConditionalGeneration.from_text_and_vq(text_model, vq_model)`."
+            )
+        return self.vqgan
+
+    @torch.no_grad()
+    def encode_image(self, pixel_values: torch.Tensor | list[torch.Tensor]) -> list[torch.LongTensor]:
+        """
+        Turn pictures into codes.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num, 3, height, width)`, or a list of `(3, height, width)`):
+                Pictures in [-1, 1]. Pictures of different sizes come as a list.
+
+        Returns:
+            `list[torch.LongTensor]`: For each picture its codes `(height / f, width / f)`, in [0, codebook_size).
+        """
+        return encode_pixels(self._require_vqgan(), pixel_values)
+
+    @torch.no_grad()
+    def decode_image_tokens(
+        self, sequences: torch.Tensor, image_sizes: torch.Tensor | list | None = None
+    ) -> list[torch.Tensor]:
+        """
+        Turn every complete picture of generated sequences into pixels.
+
+        Args:
+            sequences (`torch.LongTensor` of shape `(num, seq)`): As `generate` returns them.
+            image_sizes (`torch.LongTensor` of shape `(batch, pictures, 2)`, *optional*):
+                Heights and widths in pixels. `num` may be a multiple of `batch`. A row's n-th picture has its n-th
+                size, later ones the last. If None, pictures are square.
+
+        Returns:
+            `list[torch.Tensor]`: One `(3, height, width)` in [-1, 1] for each `<img> .. </img>`, row after row.
+
+        Raises:
+            ValueError: If a picture's number of codes does not fit its size.
+        """
+        codes = [picture for row in self.collect_image_codes(sequences, image_sizes) for picture in row]
+        return decode_codes(self._require_vqgan(), codes)
+
+    def fill_image_codes(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | list[torch.Tensor]
+    ) -> torch.Tensor:
+        """
+        Replace every `<imgpad>` by the codes of the pictures, in order.
+
+        Raises:
+            ValueError: If the pictures have more or fewer codes than `input_ids` has places.
+        """
+        codes = torch.cat([picture.flatten() for picture in self.encode_image(pixel_values)]).to(input_ids.device)
+        places = input_ids == self.config.image_pad_token_id
+        if int(places.sum()) != codes.numel():
+            raise ValueError(
+                f"`pixel_values` give {codes.numel()} codes, but `input_ids` leave {int(places.sum())} places "
+                "(`<imgpad>`) for them. Give both as one call of the processor returned them."
+            )
+        return input_ids.masked_scatter(places, codes + self.config.image_token_offset)
+
+    def _check_ids(self, input_ids: torch.Tensor) -> None:
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"`input_ids` must lie in [0, {self.config.vocab_size}), got {low} to {high}. Image codes become ids "
+                "by `codes + config.image_token_offset`."
+            )
+
+    def compute_logits(self, hidden_states: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
+        """
+        Apply the heads to states `(batch, seq, hidden)`.
+
+        Returns:
+            `torch.Tensor`: Logits over the joint vocabulary, or over its text or visual part only. Padding is -inf.
+        """
+        if vocabulary == "text":
+            return self.text_head(hidden_states)
+        padding = self.config.num_padding_tokens
+        visual = self.vision_head(hidden_states)
+        if padding:
+            visual = F.pad(visual[..., :-padding], (0, padding), value=-torch.inf)
+        return visual if vocabulary == "visual" else torch.cat([self.text_head(hidden_states), visual], dim=-1)
+
+    @can_return_tuple
+    def forward(  # type: ignore[misc]
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        visual_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | list[torch.Tensor] | None = None,
+        image_sizes: torch.Tensor | None = None,
+        negative_input_ids: torch.Tensor | None = None,
+        negative_attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        modality: Modality | None = None,
+        vocabulary: Vocabulary = "all",
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        Predict the next token over the joint vocabulary of text and image codes.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num, 3, height, width)` or a list of tensors, *optional*):
+                Pictures in [-1, 1] whose codes take the places that `<imgpad>` keeps in `input_ids`.
+            image_sizes, negative_input_ids, negative_attention_mask:
+                What the processor returns for `generate`; a forward does not need them.
+            labels (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
+                Targets at the place of the token itself (shifted inside), -100 where there is none.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): Compute logits for the last so many positions.
+            vocabulary (`str`, defaults to `"all"`): `"text"` or `"visual"` leaves the other head out.
+
+        The other arguments are those of [`MarsModel.forward`].
+
+        Returns:
+            [`CausalLMOutputWithPast`]: `logits` of shape `(batch, seq, vocab_size)`, `loss` if `labels` are given.
+        """
+        if pixel_values is not None:
+            if input_ids is None:
+                raise ValueError("`pixel_values` take places in `input_ids`, which are None.")
+            filled = self.fill_image_codes(input_ids, pixel_values)
+            if labels is not None:
+                labels = torch.where(labels == self.config.image_pad_token_id, filled, labels)
+            input_ids = filled
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            visual_mask=visual_mask,
+            modality=modality,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.compute_logits(hidden_states, vocabulary)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["MarsForConditionalGeneration", "MarsModel", "MarsPreTrainedModel", "is_visual_parameter"]

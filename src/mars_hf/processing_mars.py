@@ -1,0 +1,799 @@
+"""
+Text and pictures to ids and pixels, and back: everything that MARS's prompts are made of stands in this file.
+
+Reading order: `text_ids`, `prompt_ids` and `null_prompt_ids` write single prompts; `MarsProcessor` extends a Qwen
+tokenizer by the visual vocabulary, lays out prompts for drawing and for reading pictures, chats and training rows, and
+turns what the model gives back into text and pictures. Pixels are `image_processing_mars.py`'s, codes into
+embeddings the model's.
+
+Inside a row, pieces of text are lists of ids and pictures are `Picture`s until all sizes are known. A piece that came
+from a user is tokenised with special tokens switched off, whatever it says; only pieces that this file or a chat
+template wrote can hold special ids.
+"""
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AddedToken, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
+
+from .configuration_mars import SPECIAL_TOKENS, MarsConfig
+from .image_processing_mars import (
+    MarsImageProcessor,
+    MarsImageProcessorKwargs,
+    MarsImageProcessorPil,
+    check_image_size,
+    decode_codes,
+    encode_pixels,
+)
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.vq_model import VQModel
+
+Task = Literal["text-to-image", "captioning"]
+
+END_OF_TEXT = "<|endoftext|>"
+IGNORED_LABEL = -100
+NUM_PICTURE_BRACKETS = 2  # `<img>` and `</img>`
+
+# Stand for a user's text while a chat template is rendered: characters of Unicode's private use area.
+USER_TEXT = "\ue000{}\ue001"
+USER_TEXT_PATTERN = re.compile("\ue000(\\d+)\ue001")
+
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {%- if message.role not in ['system', 'user', 'assistant'] %}
+        {{- raise_exception('A role must be system, user or assistant, got ' + message.role) }}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.content is string %}
+        {{- message.content }}
+    {%- else %}
+        {%- for part in message.content %}
+            {{- '<imgpad>' if part.type == 'image' else part.text }}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+
+class Picture(NamedTuple):
+    """The place of a picture in a row; `source` is what `open_picture` takes."""
+
+    source: Any
+
+
+Row = list[list[int] | Picture]
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokenise a user's text: nothing that it says becomes a special id, `<img>` is five characters."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, caption: str, height: int, width: int) -> list[int]:
+    """
+    Write the prompt of a picture: `"{caption} {height}x{width}"`, sizes in pixels, as in the paper (section 3.4).
+
+    Example:
+        >>> tokenizer.decode(prompt_ids(tokenizer, "a red apple", 64, 96))
+        'a red apple 64x96'
+    """
+    return text_ids(tokenizer, f"{caption} {height}x{width}")
+
+
+def null_prompt_ids(tokenizer: PreTrainedTokenizerBase, height: int, width: int) -> list[int]:
+    """
+    Write the unconditional prompt of guidance, for training and for decoding: `<null>` in place of the caption. The
+    size stays, so that guidance works on the caption alone.
+    """
+    return [_id_of(tokenizer, "<null>"), *text_ids(tokenizer, f" {height}x{width}")]
+
+
+def _id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    token_id = cast(int, tokenizer.convert_tokens_to_ids(token))
+    if tokenizer.convert_ids_to_tokens(token_id) != token:  # an unknown token gets the id of `unk_token`
+        raise ValueError(
+            f"The tokenizer has no token {token!r}. Build the processor with "
+            "`MarsProcessor.from_text_tokenizer(tokenizer, config)`, which adds what MARS needs."
+        )
+    return token_id
+
+
+def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, config: MarsConfig) -> PreTrainedTokenizerBase:
+    """
+    Copy a text tokenizer and name every id of MARS's vocabulary: fillers up to the language model's embedding size,
+    the image codes, the six specials, padding. All are special, so that no text ever gives them.
+
+    Args:
+        tokenizer (`Qwen2Tokenizer`): The language model's own; not changed.
+        config ([`MarsConfig`]): Says where the codes begin and how many there are.
+
+    Returns:
+        `Qwen2Tokenizer`: With ids and tokens inverse for every id in `[0, config.vocab_size)`.
+
+    Raises:
+        ValueError: If the tokenizer has more ids than the language model, or holds one of the names already.
+    """
+    first = len(tokenizer)
+    if first > config.text_vocab_size:
+        raise ValueError(
+            f"The tokenizer has {first} tokens, but `config.text_config.vocab_size` is {config.text_vocab_size}: it "
+            "belongs to another language model."
+        )
+    names = [f"<unused_{i}>" for i in range(first, config.text_vocab_size)]
+    names += [f"<code_{i}>" for i in range(config.image_start_token_id - config.image_token_offset)]
+    names += SPECIAL_TOKENS
+    names += [f"<pad_{i}>" for i in range(config.vocab_size - first - len(names))]
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
+    if tokenizer.convert_tokens_to_ids(names) != list(range(first, config.vocab_size)):
+        raise ValueError(
+            f"The tokenizer's own tokens are in the way of {names[0]!r} to {names[-1]!r}: expected ids {first} to "
+            f"{config.vocab_size - 1}. Start from the language model's own tokenizer."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = END_OF_TEXT
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+    context = config.text_config.max_position_embeddings  # type: ignore[union-attr]
+    tokenizer.model_max_length = min(tokenizer.model_max_length, context)
+    return tokenizer
+
+
+class MarsProcessorKwargs(ProcessingKwargs, total=False):
+    images_kwargs: MarsImageProcessorKwargs  # type: ignore[misc]
+
+
+class MarsProcessor(ProcessorMixin):
+    r"""
+    Processor of MARS: a Qwen tokenizer with the visual vocabulary, an image processor, and optionally a VQ-GAN.
+
+    Build one with [`MarsProcessor.from_text_tokenizer`] or `from_pretrained`. With
+    `processor.image_tokenizer = model.vqgan` it encodes pictures itself, so that `input_ids` hold codes, and
+    [`~MarsProcessor.decode_images`] works; the VQ-GAN is never saved with it. Without, every code's place is
+    kept by an `<imgpad>`, which the model fills from `pixel_values`.
+
+    Args:
+        image_processor ([`MarsImageProcessor`]): Turns pictures into pixels.
+        tokenizer (`Qwen2Tokenizer`): As [`extend_tokenizer`] returns it.
+        chat_template (`str`, *optional*): Jinja template of conversations; `None` takes a Qwen-like one.
+        max_image_size (`int`, defaults to 4096): Largest side in pixels of a picture that may be asked for.
+
+    Example:
+        >>> inputs = processor("a red apple", height=64, width=64)
+        >>> sequences = model.generate(**inputs, generation_mode="image")
+
+        >>> inputs = processor(images="apple.png")  # asks for a caption
+        >>> sequences = model.generate(**inputs, generation_mode="text")
+    """
+
+    valid_processor_kwargs = MarsProcessorKwargs  # type: ignore[assignment]
+    text_kwargs = {"padding": True, "return_tensors": "pt"}
+    images_kwargs = {"return_tensors": "pt"}
+
+    image_token = "<imgpad>"
+    image_tokenizer: "VQModel | None" = None
+
+    def __init__(
+        self,
+        image_processor: MarsImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        max_image_size: int = 4096,
+    ):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        self.max_image_size = max_image_size
+        self.image_token_id = _id_of(tokenizer, self.image_token)
+        self.image_start_token_id = _id_of(tokenizer, "<img>")
+        self.image_end_token_id = _id_of(tokenizer, "</img>")
+        self.image_token_offset = _id_of(tokenizer, "<code_0>")
+        self.codebook_size = self.image_start_token_id - self.image_token_offset
+
+    @classmethod
+    def from_text_tokenizer(
+        cls, tokenizer: PreTrainedTokenizerBase, config: MarsConfig, **kwargs: Any
+    ) -> "MarsProcessor":
+        """
+        Build the processor of a new MARS from its language model's tokenizer.
+
+        Args:
+            tokenizer (`Qwen2Tokenizer`): The language model's own; not changed.
+            config ([`MarsConfig`]): Sizes of the vocabulary and of pictures.
+            kwargs: Further arguments of [`MarsProcessor`].
+
+        Returns:
+            [`MarsProcessor`]: Ids and tokens are inverse for every id in `[0, config.vocab_size)`.
+
+        Raises:
+            ValueError: If the tokenizer does not fit `config`, see [`extend_tokenizer`].
+        """
+        if "image_processor" not in kwargs:
+            kwargs["image_processor"] = MarsImageProcessor(
+                size={"height": config.default_image_size, "width": config.default_image_size},
+                downsample_factor=config.downsample_factor,
+            )
+        return cls(tokenizer=extend_tokenizer(tokenizer, config), **kwargs)
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        # The library looks image processors up in its own table; ours stands next door.
+        pil = kwargs.pop("backend", None) == "pil"
+        image_processor_class = MarsImageProcessorPil if pil else MarsImageProcessor
+        image_processor = image_processor_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return [image_processor, AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)]
+
+    def to_dict(self) -> dict[str, Any]:
+        bare = copy.copy(self)
+        bare.image_tokenizer = None  # never saved, and costly to copy
+        return super(MarsProcessor, bare).to_dict()
+
+    @property
+    def downsample_factor(self) -> int:
+        """Side in pixels of the square that one image code stands for; the image processor saves it."""
+        return self.image_processor.downsample_factor
+
+    @property
+    def model_input_names(self) -> list[str]:
+        names = self.tokenizer.model_input_names + self.image_processor.model_input_names
+        return [*names, "negative_input_ids", "negative_attention_mask"]
+
+    def __call__(
+        self,
+        text: str | Sequence[Any] | None = None,
+        images: Any = None,
+        height: int | Sequence[int] | None = None,
+        width: int | Sequence[int] | None = None,
+        negative_prompt: str | Sequence[str | None] | None = None,
+        image_sizes: Any = None,
+        task: Task | None = None,
+        return_labels: bool = False,
+        drop_caption: bool | Sequence[bool] = False,
+        **kwargs: Unpack[MarsProcessorKwargs],
+    ) -> BatchFeature:
+        r"""
+        Prepare prompts for drawing, for reading pictures, for plain text, or rows for training.
+
+        - **Drawing**: a size and no `images`. A row is `"{text} {height}x{width}"`, without `<img>`.
+        - **Reading**: `images`. In `text` each `<imgpad>` is a picture's place. A row with one picture and no
+          `<imgpad>`, or without text, asks for a caption: the picture, a line end, the text. A row may also be a
+          list of texts and pictures; such rows bring their own pictures.
+        - **Plain text**: neither.
+        - **Training**: `task` and `return_labels=True`, with one picture for each caption.
+
+        Rows are padded on the left. Apart from the places of pictures, tokens typed into `text` stay text.
+
+        Args:
+            text (`str`, `list[str]` or `list[list]`, *optional*): Prompts, captions, or rows of texts and pictures.
+            images (picture, `list` or `list[list]`, *optional*):
+                What `open_picture` takes. A flat list is dealt out in order, a nested one holds a list for each row.
+            height (`int` or `list[int]`, *optional*):
+                In pixels, for all rows or row by row. With `images` (one number then) they are brought to it.
+            width (`int` or `list[int]`, *optional*): In pixels; goes with `height`.
+            negative_prompt (`str` or `list[str]`, *optional*):
+                What guidance leads away from, for all rows or row by row. `None` stands for `<null>`.
+            image_sizes (`torch.LongTensor` of shape `(batch, 1, 2)`, *optional*):
+                Another way to give `height` and `width`.
+            task (`str`, *optional*): `"text-to-image"` or `"captioning"`.
+            return_labels (`bool`, defaults to `False`): Return `labels`; needs `task`.
+            drop_caption (`bool` or `list[bool]`, defaults to `False`):
+                In text-to-image training, replace the caption by `<null>`, for all rows or row by row.
+            kwargs: Of the tokenizer (`padding`, `max_length`, `return_tensors`, ...) and the image processor.
+
+        Returns:
+            [`BatchFeature`]: With these fields, as far as they apply:
+
+            - **input_ids**, **attention_mask** of shape `(batch, seq)`.
+            - **image_sizes** `(batch, pictures, 2)`: heights and widths in pixels; rows with fewer pictures than
+              others end in zeros.
+            - **negative_input_ids**, **negative_attention_mask** `(batch, negative_seq)`: the unconditional prompts.
+            - **pixel_values** `(num, 3, height, width)`, or a list of `(3, height, width)` if sizes differ: all
+              pictures of all rows, in order. Not returned with an `image_tokenizer`.
+            - **labels** `(batch, seq)`: -100 where nothing is to be learnt.
+
+        Raises:
+            ValueError: If sizes, counts or lengths do not fit; the message says what came and what was expected.
+        """
+        for modality in ("videos", "audio"):
+            if kwargs.pop(modality, None) is not None:  # type: ignore[misc]
+                raise ValueError(f"MARS takes text and pictures, got `{modality}`.")
+        options = self._options(**kwargs)
+        if task is not None or return_labels:
+            return self._training_batch(text, images, height, width, task, return_labels, drop_caption, options)
+        if images is None and not (height is None and width is None and image_sizes is None):
+            captions = _list_of_prompts(text)
+            sizes = self._target_sizes(len(captions), height, width, image_sizes)
+            return self._drawing_batch(captions, sizes, negative_prompt, options)
+        if negative_prompt is not None or image_sizes is not None:
+            raise ValueError("`negative_prompt` and `image_sizes` belong to drawing: give a size and no `images`.")
+        rows = self._text_rows(text) if images is None else self._rows_with_pictures(text, images)
+        return self._reading_batch(rows, height, width, options)
+
+    def _options(self, **kwargs: Any) -> dict[str, Any]:
+        return self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+
+    # ---- drawing
+
+    def _target_sizes(self, count: int, height: Any, width: Any, image_sizes: Any) -> list[tuple[int, int]]:
+        """Agree on `(height, width)` for each of `count` rows."""
+        if (height is None) != (width is None):
+            raise ValueError(f"`height` and `width` go together, got height={height} and width={width}.")
+        asked = list(zip(_per_row("height", height, count), _per_row("width", width, count), strict=True))
+        if image_sizes is not None:
+            given = [tuple(size) for size in torch.as_tensor(image_sizes).reshape(-1, 2).tolist()]
+            if len(given) != count or (height is not None and given != asked):
+                raise ValueError(
+                    f"`image_sizes` {given} contradict {count} prompt(s) of height={height} and width={width}: give "
+                    "one size for each prompt, in one way."
+                )
+            asked = given
+        for size in asked:
+            check_image_size(*size, self.downsample_factor, self.max_image_size)
+        return [(int(row_height), int(row_width)) for row_height, row_width in asked]
+
+    def _drawing_batch(
+        self, captions: list[str], sizes: list[tuple[int, int]], negative_prompt: Any, options: dict[str, Any]
+    ) -> BatchFeature:
+        negatives = _per_row("negative_prompt", negative_prompt, len(captions))
+        rows = [prompt_ids(self.tokenizer, caption, *size) for caption, size in zip(captions, sizes, strict=True)]
+        negative_rows = [
+            null_prompt_ids(self.tokenizer, *size) if negative is None else prompt_ids(self.tokenizer, negative, *size)
+            for negative, size in zip(negatives, sizes, strict=True)
+        ]
+        for row, size in zip(rows + negative_rows, sizes + sizes, strict=True):
+            self._refuse_too_long(len(row), options, self._num_codes(*size) + NUM_PICTURE_BRACKETS)
+        negative = {f"negative_{name}": value for name, value in self._pad(negative_rows, options).items()}
+        data = {**self._pad(rows, options), "image_sizes": [[size] for size in sizes], **negative}
+        return BatchFeature(data, tensor_type=options["text_kwargs"].get("return_tensors"))
+
+    # ---- reading
+
+    def _text_rows(self, text: Any) -> list[Row]:
+        rows = [text] if isinstance(text, str) else list(text or [])
+        if not rows or not all(isinstance(row, (str, list, tuple)) for row in rows):
+            raise ValueError(
+                "`text` must be a prompt, a list of at least one prompt, or a list of rows, each a list of texts and "
+                f"pictures; got {text!r}."
+            )
+        return [self._interleaved_row([row] if isinstance(row, str) else row) for row in rows]
+
+    def _interleaved_row(self, segments: Sequence[Any]) -> Row:
+        return [text_ids(self.tokenizer, part) if isinstance(part, str) else Picture(part) for part in segments]
+
+    def _rows_with_pictures(self, text: Any, images: Any) -> list[Row]:
+        if text is None:
+            pictures = _flat(images)
+            if not pictures:
+                raise ValueError("`images` must hold at least one picture, got none.")
+            return [self._caption_row("", picture) for picture in pictures]
+        texts = _list_of_prompts(text)
+        groups = self._deal_out(texts, images)
+        return [self._marked_row(row, pictures) for row, pictures in zip(texts, groups, strict=True)]
+
+    def _deal_out(self, texts: list[str], images: Any) -> list[list[Any]]:
+        """Give every text its pictures."""
+        if isinstance(images, (list, tuple)) and images and all(isinstance(row, (list, tuple)) for row in images):
+            if len(images) != len(texts):
+                raise ValueError(f"`images` holds lists for {len(images)} rows, but `text` has {len(texts)}.")
+            return [list(row) for row in images]
+        pictures = _flat(images)
+        places = [row.count(self.image_token) for row in texts]
+        if len(texts) == 1:
+            places = [len(pictures)]
+        elif not any(places):
+            places = [1] * len(texts)
+        if sum(places) != len(pictures):
+            raise self._wrong_count(sum(places), len(pictures))
+        remaining = iter(pictures)
+        return [[next(remaining) for _ in range(count)] for count in places]
+
+    def _wrong_count(self, places: int, pictures: int) -> ValueError:
+        return ValueError(
+            f"The text has places for {places} picture(s), but {pictures} came: write one {self.image_token} for each "
+            "picture, or none and give every text one picture."
+        )
+
+    def _caption_row(self, text: str, picture: Any) -> Row:
+        return [Picture(picture), text_ids(self.tokenizer, "\n" + text)]
+
+    def _marked_row(self, text: str, pictures: list[Any]) -> Row:
+        parts = text.split(self.image_token)
+        if len(parts) == 1 and len(pictures) == 1:
+            return self._caption_row(text, pictures[0])
+        if len(parts) - 1 != len(pictures):
+            raise self._wrong_count(len(parts) - 1, len(pictures))
+        return _interleave([text_ids(self.tokenizer, part) for part in parts], pictures)
+
+    def _reading_batch(self, rows: list[Row], height: Any, width: Any, options: dict[str, Any]) -> BatchFeature:
+        pictures = [piece.source for row in rows for piece in row if isinstance(piece, Picture)]
+        picture_ids, features = self._process_pictures(pictures, height, width, options)
+        counts = [sum(isinstance(piece, Picture) for piece in row) for row in rows]
+        remaining = iter(picture_ids)
+        filled = [self._fill_row(row, remaining) for row in rows]
+        for row in filled:
+            self._refuse_too_long(len(row), options)
+        data = self._pad(filled, options)
+        if pictures:
+            data["image_sizes"] = _sizes_by_row(features.pop("image_sizes"), counts)
+        return self._batch({**data, **features}, options)
+
+    def _process_pictures(
+        self, pictures: list[Any], height: Any, width: Any, options: dict[str, Any]
+    ) -> tuple[list[list[int]], dict[str, Any]]:
+        """Turn pictures into their ids, codes or places of codes, and what the model needs beside them."""
+        if not pictures:
+            return [], {}
+        images_kwargs = dict(options["images_kwargs"], height=height, width=width)
+        if self.image_tokenizer is not None:
+            images_kwargs["return_tensors"] = "pt"
+        features = dict(self.image_processor(pictures, **images_kwargs))
+        sizes = features["image_sizes"] = torch.as_tensor(features["image_sizes"]).tolist()
+        if self.image_tokenizer is None:
+            return [[self.image_token_id] * self._num_codes(*size) for size in sizes], features
+        codes = encode_pixels(self.image_tokenizer, features.pop("pixel_values"))
+        return [(code.flatten() + self.image_token_offset).tolist() for code in codes], features
+
+    def _fill_row(self, row: Row, picture_ids: Iterator[list[int]]) -> list[int]:
+        ids: list[int] = []
+        for piece in row:
+            ids += self._bracket(next(picture_ids)) if isinstance(piece, Picture) else piece
+        return ids
+
+    def _bracket(self, picture_ids: list[int]) -> list[int]:
+        return [self.image_start_token_id, *picture_ids, self.image_end_token_id]
+
+    def _num_codes(self, height: int, width: int) -> int:
+        return (height // self.downsample_factor) * (width // self.downsample_factor)
+
+    # ---- batches
+
+    def _pad(self, rows: list[list[int]], options: dict[str, Any]) -> dict[str, Any]:
+        names = ("padding", "max_length", "pad_to_multiple_of")
+        padding = {name: options["text_kwargs"].get(name) for name in names}
+        return dict(self.tokenizer.pad({"input_ids": rows}, padding_side="left", **padding))
+
+    def _batch(self, data: dict[str, Any], options: dict[str, Any]) -> BatchFeature:
+        ragged = isinstance(data.get("pixel_values"), list)
+        return_tensors = options["text_kwargs"].get("return_tensors")
+        return BatchFeature(
+            data, tensor_type=return_tensors, skip_tensor_conversion=["pixel_values"] if ragged else None
+        )
+
+    def _refuse_too_long(self, length: int, options: dict[str, Any], to_be_drawn: int = 0) -> None:
+        """Hold a row to `max_length`, and with the picture to be drawn after it to the model's context."""
+        _refuse_longer_than(options["text_kwargs"].get("max_length"), length)
+        _refuse_longer_than(self.tokenizer.model_max_length, length, to_be_drawn)
+
+    # ---- conversations
+
+    def apply_chat_template(  # type: ignore[override]
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = "pt",
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        r"""
+        Render conversations, and with `tokenize=True` prepare them for the model.
+
+        Tokens that users write into a conversation stay text when it is tokenised here. The rendered string of
+        `tokenize=False` can no longer tell them apart, and neither can the stock `text-generation` pipeline.
+
+        Args:
+            conversation (`list[dict]` or `list[list[dict]]`):
+                Messages with `role` and `content`: a text, or a list of `{"type": "text", "text": ..}` and
+                `{"type": "image", "image": ..}` (also under the key `url`, `path` or `base64`).
+            chat_template (`str`, *optional*): Another template, or its name.
+            tokenize (`bool`, defaults to `False`): Return ids instead of a string.
+            return_dict (`bool`, defaults to `False`): Return all inputs of the model, not only `input_ids`.
+            return_tensors (`str`, *optional*, defaults to `"pt"`): Type of the tensors.
+            processor_kwargs (`dict`, *optional*): Arguments of the tokenizer and the image processor.
+            kwargs: `add_generation_prompt`, `continue_final_message`, and variables of the template.
+
+        Returns:
+            `str`, `list[str]`, `torch.LongTensor` or [`BatchFeature`]: See [`MarsProcessor.__call__`].
+        """
+        if not tokenize:
+            return super().apply_chat_template(conversation, chat_template, **kwargs)
+        if kwargs.pop("return_assistant_tokens_mask", False):
+            raise ValueError("`return_assistant_tokens_mask` is not supported: write labels from the rows' parts.")
+        kwargs.pop("sanitize_control_tokens", None)  # what follows always does so
+        conversations = conversation if isinstance(conversation[0], (list, tuple)) else [conversation]
+        rows = [self._chat_row(messages, chat_template, **kwargs) for messages in conversations]
+        types = {} if return_tensors == "auto" else {"return_tensors": return_tensors}
+        batch = self._reading_batch(rows, None, None, self._options(**types, **(processor_kwargs or {})))
+        return batch if return_dict else batch["input_ids"]
+
+    def _chat_row(self, messages: Sequence[Any], chat_template: str | None, **kwargs: Any) -> Row:
+        """Render a conversation with stand-ins for its texts, then tokenise what users and the template wrote."""
+        texts: list[str] = []
+        for name in ("tools", "documents"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = _hide_texts(kwargs[name], texts)
+        rendered = super().apply_chat_template(_hide_texts(messages, texts), chat_template, **kwargs)
+        pictures = _chat_pictures(messages)
+        if rendered.count(self.image_token) != len(pictures):
+            raise self._wrong_count(rendered.count(self.image_token), len(pictures))
+        remaining = iter(pictures)
+        row: Row = []
+        for position, piece in enumerate(USER_TEXT_PATTERN.split(rendered)):
+            if position % 2:  # the pattern's group: the number of a text
+                row.append(text_ids(self.tokenizer, texts[int(piece)]))
+                continue
+            parts = [self._template_ids(part) for part in piece.split(self.image_token)]
+            row += _interleave(parts, [next(remaining) for _ in parts[1:]])
+        return row
+
+    def _template_ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+
+    # ---- training
+
+    def training_example(
+        self,
+        task: Task,
+        caption: str,
+        image_codes: torch.Tensor | Sequence[int],
+        height: int,
+        width: int,
+        drop_caption: bool = False,
+        max_length: int | None = None,
+    ) -> dict[str, list[int]]:
+        r"""
+        Write one training row from a caption and a picture's codes.
+
+        - `"text-to-image"`: `{caption} {height}x{width}`, `<img>`, codes, `</img>`; the codes are labelled.
+        - `"captioning"`: `<img>`, codes, `</img>`, a line end, the caption, `<|endoftext|>`; all that follows
+          `</img>` is labelled.
+
+        Args:
+            task (`str`): `"text-to-image"` or `"captioning"`.
+            caption (`str`): Tokens written in it stay text.
+            image_codes (`torch.LongTensor` or `list[int]`): Codebook indices in raster order.
+            height (`int`): Of the picture, in pixels.
+            width (`int`): Of the picture, in pixels.
+            drop_caption (`bool`, defaults to `False`): Replace the caption by `<null>`, as guidance will.
+            max_length (`int`, *optional*): Longest row allowed. `None` takes the tokenizer's `model_max_length`.
+
+        Returns:
+            `dict[str, list[int]]`: `input_ids` and `labels` of one length; labels stand at the place of their own
+            token (the model shifts) and are -100 where nothing is to be learnt.
+
+        Raises:
+            ValueError: If the task is unknown, codes and size do not fit, or the row is too long.
+        """
+        grid = self._code_grid(image_codes, height, width)
+        picture_ids = (grid.flatten() + self.image_token_offset).tolist()
+        return self._training_row(task, caption, picture_ids, (height, width), drop_caption, max_length)
+
+    def _training_row(
+        self,
+        task: Any,
+        caption: str,
+        picture_ids: list[int],
+        size: tuple[int, int],
+        drop_caption: bool,
+        max_length: int | None,
+    ) -> dict[str, list[int]]:
+        picture = self._bracket(picture_ids)
+        if task == "text-to-image":
+            full = prompt_ids(self.tokenizer, caption, *size)
+            text = null_prompt_ids(self.tokenizer, *size) if drop_caption else full
+            ids = text + picture
+            labels = [IGNORED_LABEL] * (len(text) + 1) + picture_ids + [IGNORED_LABEL]
+        elif task == "captioning" and not drop_caption:
+            text = [*text_ids(self.tokenizer, "\n" + caption), _id_of(self.tokenizer, END_OF_TEXT)]
+            ids = picture + text
+            labels = [IGNORED_LABEL] * len(picture) + text
+        else:
+            raise ValueError(
+                f"`task` must be 'text-to-image' or 'captioning', and only the first can drop its caption; got "
+                f"task={task!r} and drop_caption={drop_caption}."
+            )
+        _refuse_longer_than(self.tokenizer.model_max_length if max_length is None else max_length, len(ids))
+        return {"input_ids": ids, "labels": labels}
+
+    def _training_batch(
+        self,
+        text: Any,
+        images: Any,
+        height: Any,
+        width: Any,
+        task: Any,
+        return_labels: bool,
+        drop_caption: Any,
+        options: dict[str, Any],
+    ) -> BatchFeature:
+        if task is None or not return_labels:
+            raise ValueError(f"`task` and `return_labels=True` go together, got {task!r} and {return_labels}.")
+        captions = _list_of_prompts(text)
+        pictures = [] if images is None else _flat(images)
+        if len(pictures) != len(captions):
+            raise ValueError(f"Training takes one picture for each caption, got {len(pictures)} and {len(captions)}.")
+        picture_ids, features = self._process_pictures(pictures, height, width, options)
+        sizes = features.pop("image_sizes")
+        dropped = _per_row("drop_caption", drop_caption, len(captions))
+        max_length = options["text_kwargs"].get("max_length")
+        examples = [
+            self._training_row(task, caption, ids, tuple(size), drop, max_length)
+            for caption, ids, size, drop in zip(captions, picture_ids, sizes, dropped, strict=True)
+        ]
+        data = self._pad([example["input_ids"] for example in examples], options)
+        data["labels"] = [
+            [IGNORED_LABEL] * (len(ids) - len(example["labels"])) + example["labels"]
+            for ids, example in zip(data["input_ids"], examples, strict=True)
+        ]
+        data["image_sizes"] = [[size] for size in sizes]
+        return self._batch({**data, **features}, options)
+
+    # ---- back to text and pictures
+
+    def decode_images(self, codes: torch.Tensor | Sequence[Any], image_sizes: Any) -> list[Image.Image]:
+        """
+        Turn image codes into pictures with `image_tokenizer`.
+
+        Args:
+            codes (`torch.LongTensor` of shape `(num, codes)`, or a list of `torch.LongTensor`):
+                For each picture its codebook indices in raster order.
+            image_sizes (`torch.LongTensor` of shape `(num, 2)` or `(batch, pictures, 2)`):
+                Heights and widths in pixels; one size serves all, rows of zeros are skipped.
+
+        Returns:
+            `list[PIL.Image.Image]`: One picture for each.
+
+        Raises:
+            ValueError: If there is no `image_tokenizer`, or codes and sizes do not fit.
+        """
+        if self.image_tokenizer is None:
+            raise ValueError("Decoding needs a VQ-GAN: set `processor.image_tokenizer = model.vqgan` first.")
+        sizes = [size for size in torch.as_tensor(image_sizes).reshape(-1, 2).tolist() if any(size)]
+        sizes = sizes * len(codes) if len(sizes) == 1 else sizes
+        if len(sizes) != len(codes):
+            raise ValueError(f"`image_sizes` holds {len(sizes)} sizes, but `codes` {len(codes)} pictures.")
+        grids = [self._code_grid(picture, *size) for picture, size in zip(codes, sizes, strict=True)]
+        return self.image_processor.postprocess(decode_codes(self.image_tokenizer, grids))
+
+    def _code_grid(self, image_codes: Any, height: int, width: int) -> torch.Tensor:
+        """Check one picture's codes and lay them out as `(height / f, width / f)`."""
+        check_image_size(height, width, self.downsample_factor)
+        codes = torch.as_tensor(image_codes)
+        expected = self._num_codes(height, width)
+        if codes.numel() != expected:
+            raise ValueError(f"A picture of {height}x{width} pixels has {expected} codes, got {codes.numel()}.")
+        if codes.min() < 0 or codes.max() >= self.codebook_size:
+            raise ValueError(
+                f"Image codes must lie in [0, {self.codebook_size}), got {int(codes.min())} to {int(codes.max())}. "
+                f"Subtract {self.image_token_offset} (`image_token_offset`) from token ids."
+            )
+        return codes.reshape(height // self.downsample_factor, width // self.downsample_factor)
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """
+        Decode generated text; pictures between texts are left out.
+
+        Args:
+            generated_outputs (`torch.LongTensor` of shape `(batch, seq)` or `(seq,)`, or a list): Token ids.
+            skip_special_tokens (`bool`, defaults to `True`): Leave out the language model's special tokens too.
+            kwargs: Further arguments of the tokenizer's `decode`.
+
+        Returns:
+            `list[str]`: One text for each row.
+        """
+        one_row = torch.as_tensor(generated_outputs[0]).ndim == 0
+        texts = []
+        for row in [generated_outputs] if one_row else generated_outputs:
+            text = [token for token in torch.as_tensor(row).tolist() if token < self.image_token_offset]
+            texts.append(self.tokenizer.decode(text, skip_special_tokens=skip_special_tokens, **kwargs))
+        return texts
+
+    def post_process_multimodal_output(
+        self,
+        generated_outputs: Any,
+        skip_special_tokens: bool = True,
+        generation_mode: str | None = None,
+        **kwargs: Any,
+    ) -> list[str] | list[Image.Image]:
+        """
+        Turn what the model gave into text or pictures, as transformers' `any-to-any` pipeline asks for it.
+
+        Args:
+            generated_outputs (`torch.Tensor` or list of them):
+                Token ids for text; for pictures the pixels that `model.decode_image_tokens` returns.
+            skip_special_tokens (`bool`, defaults to `True`): See [`~MarsProcessor.post_process_image_text_to_text`].
+            generation_mode (`str`, *optional*): `"text"` (as `None`) or `"image"`.
+            kwargs: Further arguments of the tokenizer's `decode`.
+
+        Returns:
+            `list[str]` or `list[PIL.Image.Image]`.
+
+        Raises:
+            ValueError: If the mode is unknown, or ids came where pixels were expected.
+        """
+        if generation_mode in (None, "text"):
+            return self.post_process_image_text_to_text(generated_outputs, skip_special_tokens, **kwargs)
+        if generation_mode != "image":
+            raise ValueError(f"`generation_mode` must be 'text' or 'image', got {generation_mode!r}.")
+        if not all(torch.is_floating_point(torch.as_tensor(pixels)) for pixels in generated_outputs):
+            raise ValueError(
+                "Pictures are made from pixels, got token ids: call "
+                "`model.decode_image_tokens(sequences, image_sizes)` first."
+            )
+        return self.image_processor.postprocess(generated_outputs)
+
+
+def _list_of_prompts(text: Any) -> list[str]:
+    prompts = [text] if isinstance(text, str) else list(text or [])
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"`text` must be a prompt or a list of at least one prompt, got {text!r}.")
+    return prompts
+
+
+def _per_row(name: str, value: Any, count: int) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"`{name}` holds {len(value)} values, but there are {count} rows.")
+    return list(value)
+
+
+def _flat(images: Any) -> list[Any]:
+    """All pictures of a nested list, or of an array of 4 dimensions."""
+    if isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4):
+        return [picture for image in images for picture in _flat(image)]
+    return [images]
+
+
+def _refuse_longer_than(limit: int | None, length: int, to_be_drawn: int = 0) -> None:
+    if limit is not None and length + to_be_drawn > limit:
+        picture = f", and the picture to be drawn {to_be_drawn} more" if to_be_drawn else ""
+        raise ValueError(f"The prompt takes {length} tokens{picture}, but only {limit} fit: shorten or shrink it.")
+
+
+def _interleave(parts: list[list[int]], pictures: list[Any]) -> Row:
+    """Text, picture, text, .., text."""
+    row: Row = []
+    for part, picture in zip_longest(parts, [Picture(source) for source in pictures]):
+        row += [part] if picture is None else [part, picture]
+    return row
+
+
+def _sizes_by_row(sizes: list[list[int]], counts: list[int]) -> list[list[list[int]]]:
+    remaining = iter(sizes)
+    return [[next(remaining) for _ in range(count)] + [[0, 0]] * (max(counts) - count) for count in counts]
+
+
+def _hide_texts(value: Any, texts: list[str]) -> Any:
+    """Copy messages with a numbered stand-in for every text but roles and types, and collect the texts."""
+    if isinstance(value, str):
+        texts.append(value)
+        return USER_TEXT.format(len(texts) - 1)
+    if isinstance(value, dict):
+        return {k: v if k in ("role", "type") else _hide_texts(v, texts) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_hide_texts(item, texts) for item in value]
+    return value
+
+
+def _chat_pictures(messages: Sequence[Any]) -> list[Any]:
+    contents = [message.get("content") or [] for message in messages]
+    parts = [part for content in contents if not isinstance(content, str) for part in content]
+    keys = ("image", "url", "path", "base64")
+    return [part[key] for part in parts if part["type"] == "image" for key in keys if part.get(key) is not None]
+
+
+__all__ = ["MarsProcessor", "extend_tokenizer", "null_prompt_ids", "prompt_ids", "text_ids"]

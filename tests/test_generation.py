@@ -1,0 +1,283 @@
+"""Decoding: the grammar, guidance and batches against loops without a cache; refusals before any work."""
+
+import pytest
+import torch
+from transformers import LogitsProcessor
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model().double()
+
+
+def prompt(model, length=5, rows=1, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(3, model.config.text_vocab_size, (rows, length), generator=rng)
+
+
+def null_prompt(model, rows=1):
+    return torch.tensor([[model.config.null_token_id, 7, 8]]).expand(rows, -1)
+
+
+def draw(model, ids, height=16, width=16, **kwargs):
+    kwargs = {"do_sample": False, **kwargs}
+    return model.generate(ids, generation_mode="image", height=height, width=width, **kwargs)
+
+
+def codes_of(model, sequences, image_sizes=None):
+    return [picture.flatten().tolist() for row in model.collect_image_codes(sequences, image_sizes) for picture in row]
+
+
+def greedy_loop(model, ids, num_codes, negative=None, scale=1.0):
+    """Draw without cache, batch or padding: the definition."""
+    offset, codes = model.config.image_token_offset, []
+    start = [model.config.image_start_token_id]
+    for _ in range(num_codes):
+        tail = torch.tensor([start + codes])
+        scores = model(torch.cat([ids, tail], 1)).logits[0, -1]
+        if negative is not None:
+            unconditional = model(torch.cat([negative, tail], 1)).logits[0, -1]
+            scores = unconditional + scale * (scores - unconditional)
+        codes.append(int(scores[offset : offset + model.config.codebook_size].argmax()) + offset)
+    return [code - offset for code in codes]
+
+
+def test_a_drawing_is_prompt_start_codes_end(model):
+    ids = prompt(model)
+    row = draw(model, ids)[0]
+    config = model.config
+    assert row[:5].tolist() == ids[0].tolist()
+    assert row[5] == config.image_start_token_id and row[-1] == config.image_end_token_id
+    assert len(row) == 5 + 1 + 16 + 1
+    codes = row[6:-1] - config.image_token_offset
+    assert (codes >= 0).all() and (codes < config.codebook_size).all()
+
+
+def test_greedy_drawing_equals_a_loop_without_cache(model):
+    ids = prompt(model)
+    assert codes_of(model, draw(model, ids)) == [greedy_loop(model, ids, 16)]
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 3.0])
+def test_guidance_equals_a_loop_without_cache(model, scale):
+    ids, negative = prompt(model), null_prompt(model)
+    drawn = draw(model, ids, guidance_scale=scale, negative_input_ids=negative)
+    assert codes_of(model, drawn) == [greedy_loop(model, ids, 16, negative, scale)]
+
+
+def test_guidance_of_one_is_no_guidance(model):
+    ids = prompt(model)
+    guided = draw(model, ids, guidance_scale=1.0, negative_input_ids=null_prompt(model))
+    assert torch.equal(guided, draw(model, ids))
+
+
+def test_guidance_changes_the_picture(model):
+    ids = prompt(model)
+    assert codes_of(model, draw(model, ids)) != codes_of(
+        model, draw(model, ids, guidance_scale=5.0, negative_input_ids=null_prompt(model))
+    )
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_batch_of_different_prompts_draws_what_each_draws_alone(model, scale):
+    prompts = [prompt(model, length, seed=length) for length in (3, 7, 5)]
+    negatives = [null_prompt(model), prompt(model, 9, seed=9), null_prompt(model)]
+
+    def padded(rows):
+        width = max(row.shape[1] for row in rows)
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for line, row in enumerate(rows):
+            ids[line, width - row.shape[1] :], mask[line, width - row.shape[1] :] = row[0], 1
+        return ids, mask
+
+    ids, mask = padded(prompts)
+    negative_ids, negative_mask = padded(negatives)
+    together = draw(
+        model,
+        ids,
+        attention_mask=mask,
+        guidance_scale=scale,
+        negative_input_ids=negative_ids,
+        negative_attention_mask=negative_mask,
+    )
+    alone = [
+        draw(model, one, guidance_scale=scale, negative_input_ids=negative)
+        for one, negative in zip(prompts, negatives, strict=True)
+    ]
+    assert codes_of(model, together) == [codes_of(model, row)[0] for row in alone]
+
+
+def test_rows_of_different_sizes_draw_what_each_draws_alone(model):
+    ids = prompt(model, rows=2)
+    sizes = torch.tensor([[[16, 16]], [[8, 24]]])
+    together = model.generate(ids, generation_mode="image", image_sizes=sizes, do_sample=False)
+    alone = [draw(model, ids[:1]), draw(model, ids[1:], 8, 24)]
+    assert codes_of(model, together, sizes) == [
+        codes_of(model, row, [[size]])[0] for row, size in zip(alone, [[16, 16], [8, 24]], strict=True)
+    ]
+    assert (together[1] == model.generation_config.pad_token_id).sum() == 4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_exactly_as_many_codes_as_cells_whatever_the_sampler_does(model, seed):
+    sampler = {"do_sample": True, "temperature": 5.0, "top_k": 3 + seed, "top_p": 0.9}
+    row = draw(model, prompt(model), 8, 24, generator=torch.Generator().manual_seed(seed), **sampler)
+    picture = model.collect_image_codes(row, [[[8, 24]]])[0][0]
+    assert tuple(picture.shape) == (2, 6)
+
+
+def test_same_seed_same_picture_other_seed_other_picture(model):
+    def sampled(seed):
+        return draw(model, prompt(model), do_sample=True, generator=torch.Generator().manual_seed(seed))
+
+    assert torch.equal(sampled(1), sampled(1)) and not torch.equal(sampled(1), sampled(2))
+
+
+def test_several_pictures_of_a_prompt_stand_together(model):
+    ids = prompt(model, rows=2)
+    drawn = draw(
+        model,
+        ids,
+        do_sample=True,
+        num_return_sequences=3,
+        guidance_scale=2.0,
+        negative_input_ids=null_prompt(model, 2),
+    )
+    assert drawn.shape[0] == 6
+    assert torch.equal(drawn[:3, :5], ids[:1].expand(3, -1)) and torch.equal(drawn[3:, :5], ids[1:].expand(3, -1))
+
+
+class Forbid(LogitsProcessor):
+    """Refuses one id; looks at the whole vocabulary and at what was drawn so far."""
+
+    def __init__(self, token):
+        self.token, self.lengths = token, []
+
+    def __call__(self, input_ids, scores):
+        self.lengths.append(input_ids.shape[1])
+        return scores.index_fill(-1, torch.tensor([self.token]), -torch.inf)
+
+
+def test_a_users_processor_sees_the_whole_vocabulary(model):
+    ids = prompt(model)
+    favourite = codes_of(model, draw(model, ids))[0][0]
+    forbid = Forbid(favourite + model.config.image_token_offset)
+    assert favourite not in codes_of(model, draw(model, ids, logits_processor=[forbid]))[0]
+    assert forbid.lengths == list(range(6, 22))
+
+
+def test_scores_are_those_of_the_whole_vocabulary(model):
+    out = draw(model, prompt(model), return_dict_in_generate=True, output_scores=True)
+    assert len(out.scores) == 16 and out.scores[0].shape == (1, model.config.vocab_size)
+    first = out.sequences[0, 6]
+    assert out.scores[0].argmax() == first
+
+
+def test_a_streamer_hears_every_token(model):
+    class Listener:
+        heard, ended = [], False
+
+        def put(self, value):
+            self.heard.append(value)
+
+        def end(self):
+            self.ended = True
+
+    listener = Listener()
+    drawn = draw(model, prompt(model), streamer=listener)
+    assert torch.equal(torch.cat([value.reshape(1, -1) for value in listener.heard], dim=1), drawn)
+    assert listener.ended
+
+
+def test_default_size_is_the_configurations(model):
+    drawn = model.generate(prompt(model), generation_mode="image", do_sample=False)
+    side = model.config.default_image_size // model.config.downsample_factor
+    assert len(codes_of(model, drawn)[0]) == side**2
+
+
+def test_text_mode_equals_the_language_model(make_text_model, make_model):
+    from mars_hf import MarsForConditionalGeneration
+
+    source = make_text_model("qwen2", True)
+    model = MarsForConditionalGeneration.from_text_and_vq(source, codebook_size=40, downsample_factor=4)
+    ids = torch.randint(3, 90, (2, 6))
+    for options in ({}, {"num_beams": 3}):
+        mine, theirs = (m.generate(ids, max_new_tokens=12, do_sample=False, **options) for m in (model, source))
+        assert torch.equal(mine, theirs)
+
+
+def test_text_mode_never_gives_a_visual_id(model):
+    model.vision_head.weight.data *= 100
+    written = model.generate(prompt(model), max_new_tokens=20, do_sample=True)
+    assert (written < model.config.image_token_offset).all()
+
+
+def test_a_caption_of_pixels_equals_a_caption_of_codes(model):
+    config, pixels = model.config, torch.rand(1, 3, 16, 16, dtype=torch.float32) * 2 - 1
+    codes = model.encode_image(pixels)[0].flatten() + config.image_token_offset
+    start, end = [config.image_start_token_id], [config.image_end_token_id]
+    kept = torch.tensor([start + [config.image_pad_token_id] * 16 + end])
+    true = torch.tensor([start + codes.tolist() + end])
+    options = {"generation_mode": "text", "max_new_tokens": 6, "do_sample": False}
+    seen = model.generate(kept, pixel_values=pixels, image_sizes=torch.tensor([[[16, 16]]]), **options)
+    assert torch.equal(seen, model.generate(true, **options))
+    assert torch.equal(seen[:, :18], true), "sequences hold true codes"
+    uncached = model.generate(true, use_cache=False, **options)
+    assert torch.equal(seen, uncached)
+
+
+def test_the_second_picture_of_a_row_takes_the_second_size(model):
+    config = model.config
+    first = [
+        config.image_start_token_id,
+        *range(config.image_token_offset, config.image_token_offset + 4),
+        config.image_end_token_id,
+    ]
+    ids = torch.cat([prompt(model), torch.tensor([first]), prompt(model)], dim=1)
+    drawn = model.generate(ids, generation_mode="image", image_sizes=[[[8, 8], [8, 24]]], do_sample=False)
+    assert [tuple(p.shape) for p in model.collect_image_codes(drawn, [[[8, 8], [8, 24]]])[0]] == [(2, 2), (2, 6)]
+
+
+def test_pictures_come_back_as_pixels_for_every_sequence(make_model):
+    model = make_model()
+    drawn = draw(model, prompt(model), 8, 16, do_sample=True, num_return_sequences=2)
+    pixels = model.decode_image_tokens(drawn, torch.tensor([[[8, 16]]]))
+    assert [tuple(p.shape) for p in pixels] == [(3, 8, 16)] * 2
+    with pytest.raises(ValueError, match="8 codes.*16x16"):
+        model.decode_image_tokens(drawn, torch.tensor([[[16, 16]]]))
+    with pytest.raises(ValueError, match="a square"):
+        model.decode_image_tokens(drawn)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"height": 18, "width": 16}, "multiples of 4, got .*18"),
+        ({"height": 0, "width": 16}, "positive multiples"),
+        ({"height": -16, "width": 16}, "positive multiples"),
+        ({"height": 16, "width": None}, "together"),
+        ({"height": 16, "width": 16, "image_sizes": [[[8, 8]]]}, "contradict"),
+        ({"image_sizes": [[[8, 8]], [[8, 8]]], "height": None, "width": None}, "shape .1, pictures, 2"),
+        ({"height": 400, "width": 400}, "10002.*context of 128"),
+        ({"guidance_scale": -1.0}, "0 or more, got -1"),
+        ({"guidance_scale": 3.0}, "negative_input_ids"),
+        ({"num_beams": 2}, "beams"),
+        ({"use_cache": False}, "cache"),
+        ({"max_new_tokens": 5}, "needs 18 new tokens, but only 5"),
+        ({"generation_mode": "video"}, "text, image, got 'video'"),
+    ],
+)
+def test_impossible_requests_are_refused_before_any_forward(model, monkeypatch, kwargs, message):
+    monkeypatch.setattr(type(model), "forward", lambda *a, **k: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match=message):
+        model.generate(prompt(model), **{"generation_mode": "image", "height": 16, "width": 16, **kwargs})
+
+
+@pytest.mark.parametrize("bad", [-1, 10_000])
+@pytest.mark.parametrize("mode", ["text", "image"])
+def test_ids_out_of_range_are_refused(model, bad, mode):
+    ids = prompt(model)
+    ids[0, 2] = bad
+    with pytest.raises(ValueError, match=f"got .*{bad}"):
+        model.generate(ids, generation_mode=mode, max_new_tokens=20)
