@@ -1,0 +1,149 @@
+"""
+Does a prompt's picture show its subject? Each drawing meets 100 candidates: the true picture and 99 other subjects of
+the same style. The nearest by mean squared distance at 32 x 32 RGB is what it is taken for; chance is 1 %.
+
+    mars-hf data emoji --size 64 --out data/emoji-64
+    python benchmarks/emoji_identity.py --data data/emoji-64
+
+Prompts are "LABEL, STYLE style" and "LABEL，STYLE 风格". Printed beside the score: what the VQ-GAN's reconstructions
+of the true pictures score (the ceiling) and, for test prompts, how far drawings are from the truth and from the
+nearest train picture of the same subject in another style, which is what a model that only copies would draw.
+"""
+
+import argparse
+import random
+from statistics import median
+
+import numpy as np
+import torch
+from datasets import Dataset, concatenate_datasets, load_dataset
+from PIL import Image
+from tqdm.auto import tqdm
+
+from mars_hf import DEFAULT_CHECKPOINT, MarsForConditionalGeneration, MarsProcessor
+
+SIDE = 32
+NUM_CANDIDATES = 100
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--data", required=True, help="emoji data at 64 pixels")
+parser.add_argument("--model", default=str(DEFAULT_CHECKPOINT))
+parser.add_argument("--splits", nargs="+", default=["train", "test"])
+parser.add_argument("--languages", nargs="+", default=["en", "zh"])
+parser.add_argument("--prompts", type=int, default=400)
+parser.add_argument("--batch-size", type=int, default=50)
+parser.add_argument("--seed", type=int, default=0, help="of the sampler; prompts and candidates are always the same")
+parser.add_argument("--guidance-scale", type=float, help="default: the checkpoint's")
+parser.add_argument("--temperature", type=float, help="0 is greedy; default: the checkpoint's")
+parser.add_argument("--top-k", type=int, help="default: the checkpoint's")
+options = parser.parse_args()
+
+torch.set_flush_denormal(True)
+model = MarsForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32).eval()
+processor = MarsProcessor.from_pretrained(options.model)
+processor.image_tokenizer = model.vqgan
+
+
+def small(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float32) / 255
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.square(a - b).mean())
+
+
+def sampling() -> dict:
+    settings = {"guidance_scale": options.guidance_scale, "top_k": options.top_k}
+    if options.temperature is not None:
+        settings |= {"do_sample": options.temperature > 0, "temperature": options.temperature or None}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def prompt(record: dict, language: str) -> str:
+    caption, style = record[f"caption_{language}"], record["style"]
+    return f"{caption}, {style} style" if language == "en" else f"{caption}，{style} 风格"
+
+
+def draw(prompts: list[str]) -> list[np.ndarray]:
+    pictures, generator = [], torch.Generator().manual_seed(options.seed)
+    for start in tqdm(range(0, len(prompts), options.batch_size), desc="Drawing", unit="batch", leave=False):
+        inputs = processor(prompts[start : start + options.batch_size], height=64, width=64, return_tensors="pt")
+        drawn = model.generate(**inputs, generation_mode="image", generator=generator, **sampling())
+        pixels = model.decode_image_tokens(drawn, inputs["image_sizes"])
+        images = processor.post_process_multimodal_output(pixels, generation_mode="image")
+        pictures += [small(image) for image in images]
+    return pictures
+
+
+def reconstruct(images: list[Image.Image]) -> list[np.ndarray]:
+    pixels = processor.image_processor(images, do_resize=False, return_tensors="pt")["pixel_values"]
+    codes = model.encode_image(pixels)
+    return [small(image) for image in processor.decode_images(codes, [list(pixels.shape[2:])] * len(codes))]
+
+
+data = {split: load_dataset(options.data, split=split) for split in ("train", "validation", "test")}
+everything: Dataset = concatenate_datasets(list(data.values()))
+keys = everything.remove_columns("image").to_list()
+thumbnails = [small(image) for image in tqdm(everything["image"], desc="Reading pictures", leave=False)]
+starts = dict(zip(data, np.cumsum([0, len(data["train"]), len(data["validation"])]), strict=True))
+by_style: dict[str, list[int]] = {}
+train_of_subject: dict[str, list[int]] = {}
+for index, key in enumerate(keys):
+    by_style.setdefault(key["style"], []).append(index)
+    if index < len(data["train"]):
+        train_of_subject.setdefault(key["hexcode"], []).append(index)
+
+
+def choose(split: str) -> tuple[list[int], list[list[int]]]:
+    """Pick prompts of a split and, for each, the true picture followed by 99 others of its style."""
+    rng = random.Random(f"emoji identity {split}")
+    chosen = rng.sample(range(len(data[split])), min(options.prompts, len(data[split])))
+    truths = [int(starts[split]) + place for place in chosen]
+    others = []
+    for truth in truths:
+        rivals = [i for i in by_style[keys[truth]["style"]] if keys[i]["hexcode"] != keys[truth]["hexcode"]]
+        others.append([truth, *rng.sample(rivals, NUM_CANDIDATES - 1)])
+    return truths, others
+
+
+def nearest_copy(truth: int) -> np.ndarray:
+    """Give the train picture of the same subject that is nearest to a held-out one."""
+    same = [thumbnails[i] for i in train_of_subject[keys[truth]["hexcode"]]]
+    return min(same, key=lambda picture: distance(picture, thumbnails[truth]))
+
+
+def score(pictures: list[np.ndarray], candidates: list[list[int]]) -> float:
+    hits = [
+        min(row, key=lambda i: distance(picture, thumbnails[i])) == row[0]
+        for picture, row in zip(pictures, candidates, strict=True)
+    ]
+    return 100 * sum(hits) / len(hits)
+
+
+print(f"{options.model}: {options.prompts} prompts a row, sampling {sampling() or 'as the checkpoint says'}")
+print(f"{'split':10} {'pictures':22} top-1 of {NUM_CANDIDATES}, %")
+for split in options.splits:
+    truths, candidates = choose(split)
+    images = [everything[truth]["image"] for truth in truths]
+    print(f"{split:10} {'reconstructions':22} {score(reconstruct(images), candidates):.1f}")
+    if split != "train":
+        known = [(nearest_copy(row[0]), row) for row in candidates if keys[row[0]]["hexcode"] in train_of_subject]
+        share = score([copy for copy, _ in known], [row for _, row in known])
+        print(f"{split:10} {'best copy from train':22} {share:.1f} (of {len(known)} subjects that train holds)")
+    for language in options.languages:
+        drawn = draw([prompt(keys[truth], language) for truth in truths])
+        print(f"{split:10} {'drawn, ' + language:22} {score(drawn, candidates):.1f}", flush=True)
+        to_truth = [distance(picture, thumbnails[truth]) for picture, truth in zip(drawn, truths, strict=True)]
+        if split == "train":
+            print(f"{'':10}   median squared distance to the truth {median(to_truth):.4f}")
+            continue
+        pairs = [
+            (d, min(distance(picture, thumbnails[i]) for i in train_of_subject[keys[truth]["hexcode"]]))
+            for d, picture, truth in zip(to_truth, drawn, truths, strict=True)
+            if keys[truth]["hexcode"] in train_of_subject
+        ]
+        nearer = 100 * sum(copied < true for true, copied in pairs) / len(pairs)
+        print(
+            f"{'':10}   median squared distance to the truth {median(t for t, _ in pairs):.4f}, to the nearest train "
+            f"picture of the subject {median(c for _, c in pairs):.4f}; nearer to the latter {nearer:.0f} %"
+        )

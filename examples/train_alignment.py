@@ -1,0 +1,70 @@
+"""
+Stage I of mars-emoji: text-to-image and captioning on emoji of 64 pixels, in English and Chinese.
+
+    python examples/train_alignment.py --text runs/text --vqgan runs/vqgan --data data/emoji-64 --out runs/stage1
+
+Run the line again after an interruption: it continues from the last checkpoint. The final model and its processor are
+in `OUT/final`; `mars-hf export DIR --model OUT/final` makes a Hub folder of them.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from datasets import load_dataset
+from diffusers import VQModel
+from transformers import AutoTokenizer, Qwen2ForCausalLM
+from transformers.trainer_utils import get_last_checkpoint
+
+from mars_hf import MarsForConditionalGeneration, MarsProcessor
+from mars_hf.training.alignment import (
+    AlignmentCollator,
+    AlignmentDataset,
+    AlignmentTrainer,
+    alignment_arguments,
+    encode_pictures,
+)
+
+SIZE = 64
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--text", required=True, help="the language model and its tokenizer")
+parser.add_argument("--vqgan", required=True, help="the image tokenizer")
+parser.add_argument("--data", required=True, help="emoji data at 64 pixels")
+parser.add_argument("--out", required=True, type=Path)
+parser.add_argument("--max-steps", type=int, default=6000)
+parser.add_argument("--batch-size", type=int, default=64)
+parser.add_argument("--compile", action="store_true", help="compile the picture's stretch (takes a C++ compiler)")
+options = parser.parse_args()
+
+torch.set_flush_denormal(True)
+torch.manual_seed(0)
+text_model = Qwen2ForCausalLM.from_pretrained(options.text, dtype=torch.float32, attn_implementation="eager")
+model = MarsForConditionalGeneration.from_text_and_vq(
+    text_model, VQModel.from_pretrained(options.vqgan), default_image_size=SIZE
+)
+processor = MarsProcessor.from_text_tokenizer(AutoTokenizer.from_pretrained(options.text), model.config)
+
+data = load_dataset(options.data, split="train")
+dataset = AlignmentDataset(
+    processor,
+    data.remove_columns("image").to_list(),
+    encode_pictures(model, processor, data),
+    image_size=(SIZE, SIZE),
+    batch_size=options.batch_size,
+    num_batches=options.max_steps,
+)
+config = model.config
+collator = AlignmentCollator(config.image_start_token_id, config.image_end_token_id, processor.tokenizer.pad_token_id)
+bf16 = torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
+trainer = AlignmentTrainer(
+    model=model,
+    args=alignment_arguments(str(options.out), options.max_steps, options.batch_size, bf16),
+    train_dataset=dataset,
+    data_collator=collator,
+    compile_drawing=options.compile,
+)
+options.out.mkdir(parents=True, exist_ok=True)
+trainer.train(resume_from_checkpoint=get_last_checkpoint(str(options.out)))
+model.save_pretrained(options.out / "final")
+processor.save_pretrained(options.out / "final")

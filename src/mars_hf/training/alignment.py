@@ -1,0 +1,328 @@
+"""
+Stage I, text-to-image alignment (the paper's section 3.4): text-to-image and captioning by next-token prediction.
+
+A training row is one or two stretches of one modality: text then a picture, or a picture then text. Each stretch is a
+dense call on the keys and values of the one before, which is the mixed call without its routing. Text in front of a
+picture has no trainable part, so it runs without gradient; the picture's stretch has one shape for all batches and
+can be compiled. Both are exact: a test compares losses and gradients with the plain forward.
+
+What this file leaves to others: later stages, streaming data, packing.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset as HfDataset
+from torch.nn import functional as F
+from torch.utils.data import Dataset, Sampler
+from tqdm.auto import tqdm
+from transformers import DynamicCache, Trainer, TrainingArguments
+
+from ..image_processing_mars import encode_pixels
+from ..modeling_mars import MarsForConditionalGeneration
+from ..processing_mars import MarsProcessor, null_prompt_ids, prompt_ids, text_ids
+
+TASKS = ("text-to-image", "captioning")
+
+
+@dataclass(frozen=True)
+class CaptionStyle:
+    """
+    How often a caption takes which form. Shares are probabilities.
+
+    Args:
+        chinese (`float`): Chinese instead of English.
+        named_style (`float`): The drawing style is named: "red apple, twemoji style", "红苹果，twemoji 风格".
+        phrase (`float`): An article or "a picture of" in either language stands in front.
+        null (`float`): The caption of a text-to-image row is replaced by `<null>`.
+    """
+
+    chinese: float = 0.5
+    named_style: float = 0.75
+    phrase: float = 0.2
+    null: float = 0.1
+
+
+def emoji_caption(record: dict[str, str], rng: random.Random, style: CaptionStyle = CaptionStyle()) -> str:  # noqa: B008
+    """
+    Write a caption of an emoji record in one of its forms.
+
+    Args:
+        record (`dict`): With `caption_en`, `caption_zh` and `style`.
+        rng (`random.Random`): Decides the form.
+        style ([`CaptionStyle`]): How often which form.
+
+    Example:
+        >>> emoji_caption({"caption_en": "red apple", "caption_zh": "红苹果", "style": "noto"}, random.Random(1))
+        '红苹果，noto 风格'
+    """
+    chinese, named, phrased = (rng.random() < share for share in (style.chinese, style.named_style, style.phrase))
+    caption = record["caption_zh" if chinese else "caption_en"]
+    if phrased:
+        if chinese:
+            caption = rng.choice(["一张{}的图片", "一个{}", "{}的图片"]).format(caption)
+        else:
+            article = "an" if caption[:1].lower() in "aeiou" else "a"
+            caption = rng.choice([f"{article} {{}}", f"a picture of {article} {{}}", "a picture of {}"]).format(
+                caption
+            )
+    if named:
+        caption = f"{caption}，{record['style']} 风格" if chinese else f"{caption}, {record['style']} style"
+    return caption
+
+
+def encode_pictures(
+    model: MarsForConditionalGeneration, processor: MarsProcessor, data: HfDataset, batch_size: int = 64
+) -> torch.LongTensor:
+    """
+    Turn the pictures of a data set, all of one size, into codes.
+
+    Returns:
+        `torch.LongTensor` of shape `(num, codes)`: Codebook indices in raster order.
+    """
+    codes = []
+    for start in tqdm(range(0, len(data), batch_size), desc="Encoding pictures", unit="batch"):
+        images = data[start : start + batch_size]["image"]
+        pixels = processor.image_processor(images, do_resize=False, return_tensors="pt")["pixel_values"]
+        codes += [grid.flatten().cpu() for grid in encode_pixels(model.vqgan, pixels.to(model.vqgan.device))]
+    return torch.stack(codes)
+
+
+class AlignmentDataset(Dataset):
+    """
+    Rows of Stage I: index `i` is a record, a task and a caption's form, all decided by `i` and the seed.
+
+    Every block of `batch_size` consecutive indices has one task. Within each pass every record comes once, in an
+    order of that pass's own, so that a run that stops and resumes sees the same rows.
+
+    Args:
+        processor ([`MarsProcessor`]): Writes prompts and captions.
+        records (`Sequence[dict]`): With `caption_en`, `caption_zh` and `style`.
+        codes (`torch.LongTensor` of shape `(num, codes)`): The records' pictures.
+        image_size (`tuple[int, int]`): Height and width of the pictures in pixels.
+        batch_size (`int`): Rows of a batch.
+        num_batches (`int`): Batches in all.
+        captioning_share (`float`): Share of batches that caption.
+        captions ([`CaptionStyle`]): Forms of captions.
+        seed (`int`): Decides all else.
+    """
+
+    def __init__(
+        self,
+        processor: MarsProcessor,
+        records: Sequence[dict[str, str]],
+        codes: torch.LongTensor,
+        image_size: tuple[int, int],
+        batch_size: int,
+        num_batches: int,
+        captioning_share: float = 0.1,
+        captions: CaptionStyle = CaptionStyle(),  # noqa: B008
+        seed: int = 0,
+    ):
+        if len(records) != len(codes):
+            raise ValueError(
+                f"Every record needs its codes, got {len(records)} records and {len(codes)} rows of codes."
+            )
+        self.tokenizer, self.records, self.codes = processor.tokenizer, records, codes
+        self.offset = processor.image_token_offset
+        self.image_size, self.batch_size, self.num_batches = image_size, batch_size, num_batches
+        self.captioning_share, self.captions, self.seed = captioning_share, captions, seed
+        self._pass, self._order = -1, torch.empty(0)
+
+    def __len__(self) -> int:
+        return self.num_batches * self.batch_size
+
+    def task(self, index: int) -> str:
+        """Name the task of a row; it is the same for all rows of a batch."""
+        draw = hashlib.blake2b(f"{self.seed}/{index // self.batch_size}".encode(), digest_size=8).digest()
+        return TASKS[int.from_bytes(draw) / 2**64 < self.captioning_share]
+
+    def record_index(self, index: int) -> int:
+        """Say which record a row shows."""
+        number, place = divmod(index, len(self.records))
+        if number != self._pass:
+            generator = torch.Generator().manual_seed(self.seed * 100_003 + number)
+            self._pass, self._order = number, torch.randperm(len(self.records), generator=generator)
+        return int(self._order[place])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng, chosen, task = random.Random(f"{self.seed}/{index}"), self.record_index(index), self.task(index)
+        caption = emoji_caption(self.records[chosen], rng, self.captions)
+        if task == "captioning":
+            text = [*text_ids(self.tokenizer, "\n" + caption), self.tokenizer.convert_tokens_to_ids("<|endoftext|>")]
+        elif rng.random() < self.captions.null:
+            text = null_prompt_ids(self.tokenizer, *self.image_size)
+        else:
+            text = prompt_ids(self.tokenizer, caption, *self.image_size)
+        return {"task": task, "text": text, "picture": self.codes[chosen] + self.offset}
+
+
+class AlignmentCollator:
+    """
+    Pad the rows of one task: prompts on the left, to a multiple of 32 (few shapes to compile), captions on the right.
+
+    Args:
+        image_start_token_id (`int`): Id of `<img>`.
+        image_end_token_id (`int`): Id of `</img>`.
+        pad_token_id (`int`): Fills text; masked.
+    """
+
+    def __init__(self, image_start_token_id: int, image_end_token_id: int, pad_token_id: int):
+        self.start, self.end, self.pad = image_start_token_id, image_end_token_id, pad_token_id
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        (task,) = {row["task"] for row in rows}
+        drawing = task == "text-to-image"
+        longest = max(len(row["text"]) for row in rows)
+        width = -(-longest // 32) * 32 if drawing else longest
+        text = torch.full((len(rows), width), self.pad)
+        mask = torch.zeros_like(text)
+        for line, row in enumerate(rows):
+            place = slice(width - len(row["text"]), None) if drawing else slice(0, len(row["text"]))
+            text[line, place], mask[line, place] = torch.tensor(row["text"]), 1
+        start, end = (torch.full((len(rows), 1), token) for token in (self.start, self.end))
+        codes = torch.stack([row["picture"] for row in rows])
+        # The last code and `</img>` predict nothing that is learnt in drawing: they are not fed.
+        picture = torch.cat([start, codes[:, :-1]] if drawing else [start, codes, end], dim=1)
+        labels = codes if drawing else text.masked_fill(mask == 0, -100)
+        return {"task": task, "text": text, "text_mask": mask, "picture": picture, "labels": labels}
+
+
+class _InOrder(Sampler[int]):
+    """The data set is shuffled by its own index."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.length))
+
+
+class AlignmentTrainer(Trainer):
+    """
+    `Trainer` that computes Stage I's loss stretch by stretch (see the top of this file).
+
+    Args:
+        compile_drawing (`bool`, defaults to `False`): Compile the picture's stretch of text-to-image rows.
+    """
+
+    def __init__(self, *args: Any, compile_drawing: bool = False, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch's labels
+        self._drawing = torch.compile(drawing_loss) if compile_drawing else drawing_loss
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int]:
+        return _InOrder(len(self.train_dataset))
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        return [name for name in super().get_decay_parameter_names(model) if "embed_tokens" not in name]
+
+    def compute_loss(self, model, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
+        inputs = dict(inputs)
+        task = inputs.pop("task")
+        if task == "captioning":
+            return captioning_loss(self.model, **inputs)
+        mask = inputs["text_mask"]
+        prefix = text_prefix(self.model, inputs["text"], mask)
+        return self._drawing(self.model, prefix, mask, inputs["picture"], inputs["labels"])
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(-1) - 1).clamp_min(0)
+
+
+@torch.no_grad()
+def text_prefix(model: MarsForConditionalGeneration, text: torch.Tensor, mask: torch.Tensor) -> list[tuple]:
+    """Give each layer's keys and values of left-padded prompts. Nothing in them is trained, except after `<null>`."""
+    cache = DynamicCache(config=model.config)
+    is_text = not bool((text >= model.config.image_token_offset).any())
+    model.model(
+        text,
+        attention_mask=mask,
+        position_ids=_positions(mask),
+        past_key_values=cache,
+        modality="text" if is_text else None,
+        use_cache=True,
+    )
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def drawing_loss(
+    model: MarsForConditionalGeneration,
+    prefix: list[tuple],
+    text_mask: torch.Tensor,
+    picture: torch.Tensor,
+    labels: torch.Tensor,
+) -> torch.Tensor:
+    """
+    Compute the joint next-token loss of pictures `(batch, codes)` after prompts.
+
+    Args:
+        picture (`torch.LongTensor`): `<img>` and all codes but the last.
+        labels (`torch.LongTensor`): All codes, as ids: the label of each fed token.
+    """
+    cache = DynamicCache(prefix)
+    mask = torch.cat([text_mask, torch.ones_like(picture)], dim=1)
+    positions = _positions(mask)[:, text_mask.shape[1] :]
+    hidden = model.model(
+        picture, attention_mask=mask, position_ids=positions, past_key_values=cache, modality="image", use_cache=True
+    ).last_hidden_state
+    return F.cross_entropy(model.compute_logits(hidden, "all").float().flatten(0, 1), labels.flatten())
+
+
+def captioning_loss(
+    model: MarsForConditionalGeneration,
+    text: torch.Tensor,
+    text_mask: torch.Tensor,
+    picture: torch.Tensor,
+    labels: torch.Tensor,
+) -> torch.Tensor:
+    """Compute the joint next-token loss of captions `(batch, seq)`, right-padded, after `<img>` codes `</img>`."""
+    cache = DynamicCache(config=model.config)
+    seen = model.model(picture, past_key_values=cache, modality="image", use_cache=True).last_hidden_state
+    mask = torch.cat([torch.ones_like(picture), text_mask], dim=1)
+    read = model.model(
+        text,
+        attention_mask=mask,
+        position_ids=_positions(mask)[:, picture.shape[1] :],
+        past_key_values=cache,
+        modality="text",
+        use_cache=True,
+    ).last_hidden_state
+    hidden = torch.cat([seen[:, -1:], read[:, :-1]], dim=1)  # `</img>` predicts the first token of the text
+    logits = model.compute_logits(hidden, "all").float()
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+
+def alignment_arguments(
+    output_dir: str, max_steps: int, batch_size: int, bf16: bool, **changes: Any
+) -> TrainingArguments:
+    """
+    Give Stage I's arguments: the paper's AdamW (beta2 0.95, weight decay 0.1, warm-up 1 %), a cosine schedule and a
+    rate for a small model that are ours.
+    """
+    settings: dict[str, Any] = {
+        "learning_rate": 1.5e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": max(1, max_steps // 100),
+        "adam_beta2": 0.95,
+        "weight_decay": 0.1,
+        "max_grad_norm": 1.0,
+        "save_steps": 500,
+        "save_total_limit": 2,
+        "logging_steps": 50,
+        "report_to": [],
+        "remove_unused_columns": False,
+        "seed": 0,
+        **changes,
+    }
+    return TrainingArguments(
+        output_dir=output_dir, max_steps=max_steps, per_device_train_batch_size=batch_size, bf16=bf16, **settings
+    )

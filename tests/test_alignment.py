@@ -1,0 +1,144 @@
+"""Stage I's stretches against the plain mixed forward; its rows and their order."""
+
+import random
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mars_hf.training.alignment import (
+    AlignmentCollator,
+    AlignmentTrainer,
+    CaptionStyle,
+    alignment_arguments,
+    captioning_loss,
+    drawing_loss,
+    emoji_caption,
+    text_prefix,
+)
+
+RECORD = {"caption_en": "red apple", "caption_zh": "红苹果", "style": "noto"}
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows of a tiny model, two a batch, tasks in turn."""
+
+    def __init__(self, config, length=12):
+        self.config, self.length = config, length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        rng = torch.Generator().manual_seed(index)
+        text = torch.randint(3, 90, (3 + index % 4,), generator=rng).tolist()
+        picture = torch.randint(0, self.config.codebook_size, (6,), generator=rng) + self.config.image_token_offset
+        return {"task": ["text-to-image", "captioning"][index // 2 % 2], "text": text, "picture": picture}
+
+
+@pytest.fixture
+def rows(make_model):
+    config = make_model().config
+    collate = AlignmentCollator(config.image_start_token_id, config.image_end_token_id, pad_token_id=1)
+    data = Rows(config)
+    return {"text-to-image": collate([data[0], data[1]]), "captioning": collate([data[2], data[3]])}, data, collate
+
+
+def plain_loss(model, data, indices, drawing):
+    """One mixed forward a row, without cache, padding or batch."""
+    losses, config = [], model.config
+    for index in indices:
+        row = data[index]
+        picture = [config.image_start_token_id, *row["picture"].tolist(), config.image_end_token_id]
+        ids = torch.tensor([row["text"] + picture if drawing else picture + row["text"]])
+        labels = ids.clone()
+        if drawing:
+            labels[0, : len(row["text"]) + 1], labels[0, -1] = -100, -100
+        else:
+            labels[0, : len(picture)] = -100
+        logits = model(ids).logits[0, :-1].float()
+        losses.append(F.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="none"))
+    every = torch.cat(losses)
+    return every.sum() / (every != 0).sum()
+
+
+@pytest.mark.parametrize("task", ["text-to-image", "captioning"])
+def test_stretches_give_the_loss_and_gradients_of_the_mixed_forward(make_model, rows, task):
+    model, (batches, data, _) = make_model().double(), rows
+    batch = dict(batches[task])
+    del batch["task"]
+    drawing = task == "text-to-image"
+    if drawing:
+        prefix = text_prefix(model, batch["text"], batch["text_mask"])
+        loss = drawing_loss(model, prefix, batch["text_mask"], batch["picture"], batch["labels"])
+    else:
+        loss = captioning_loss(model, **batch)
+    loss.backward()
+    mine = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    plain = plain_loss(model, data, [0, 1] if drawing else [2, 3], drawing)
+    plain.backward()
+    assert abs(loss - plain) < 1e-6
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.grad is not None and parameter.grad.any():
+            assert (mine[name] - parameter.grad).abs().max() < 1e-6, name
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_and_moves_the_visual_part_only(make_model, rows, tmp_path):
+    from mars_hf.modeling_mars import is_visual_parameter
+
+    _, data, collate = rows
+    start = make_model()
+
+    def train(folder, stop_after=None, resume=None):
+        import copy
+
+        model = copy.deepcopy(start)
+        args = alignment_arguments(str(folder), 6, 2, bf16=False, save_steps=3, use_cpu=True, disable_tqdm=True)
+        trainer = AlignmentTrainer(model=model, args=args, train_dataset=data, data_collator=collate)
+        if stop_after:
+            trainer.add_callback(Stop(stop_after))
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def __init__(self, step):
+            self.step = step
+
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step >= self.step
+
+    whole = train(tmp_path / "a")
+    train(tmp_path / "b", stop_after=3)
+    resumed = train(tmp_path / "b", resume=str(tmp_path / "b" / "checkpoint-3"))
+    before = dict(start.named_parameters())
+    for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+        assert torch.equal(a, before[name]) != is_visual_parameter(name) or a.shape[0] == 48, name
+
+
+@pytest.mark.parametrize(
+    ("style", "caption"),
+    [
+        (CaptionStyle(chinese=0, named_style=0, phrase=0), "red apple"),
+        (CaptionStyle(chinese=0, named_style=1, phrase=0), "red apple, noto style"),
+        (CaptionStyle(chinese=1, named_style=0, phrase=0), "红苹果"),
+        (CaptionStyle(chinese=1, named_style=1, phrase=0), "红苹果，noto 风格"),
+    ],
+)
+def test_captions_take_the_forms_that_are_asked_for(style, caption):
+    assert emoji_caption(RECORD, random.Random(0), style) == caption
+
+
+def test_phrases_come_in_both_languages():
+    forms = {emoji_caption(RECORD, random.Random(i), CaptionStyle(named_style=0, phrase=1)) for i in range(200)}
+    assert forms == {
+        "a red apple",
+        "a picture of a red apple",
+        "a picture of red apple",
+        "一张红苹果的图片",
+        "一个红苹果",
+        "红苹果的图片",
+    }
