@@ -4,7 +4,7 @@ Stage I of mars-emoji: text-to-image and captioning on emoji of 64 pixels, in En
     python examples/train_alignment.py --text runs/text --vqgan runs/vqgan --data data/emoji-64 --out runs/stage1
 
 Run the line again after an interruption: it continues from the last checkpoint. The final model and its processor are
-in `OUT/final`; `mars-hf export DIR --model OUT/final` makes a Hub folder of them.
+in `OUT/final`; `mars-hf export DIR --model OUT/final --weights-dtype bfloat16` makes a Hub folder of them.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from datasets import load_dataset
 from diffusers import VQModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -26,6 +27,7 @@ from mars_hf.training.alignment import (
 )
 
 SIZE = 64
+IMAGE_DEFAULTS = {"guidance_scale": 3.0, "do_sample": True, "temperature": 0.7, "top_k": 50}
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--text", required=True, help="the language model and its tokenizer")
@@ -40,16 +42,22 @@ options = parser.parse_args()
 torch.set_flush_denormal(True)
 torch.manual_seed(0)
 text_model = Qwen2ForCausalLM.from_pretrained(options.text, dtype=torch.float32, attn_implementation="eager")
-model = MarsForConditionalGeneration.from_text_and_vq(
-    text_model, VQModel.from_pretrained(options.vqgan), default_image_size=SIZE
-)
+vqgan = VQModel.from_pretrained(options.vqgan)
+for frozen in (text_model, vqgan):  # rounded now as they will be stored, so that what trains sees what is shipped
+    frozen.to(torch.bfloat16).to(torch.float32)
+model = MarsForConditionalGeneration.from_text_and_vq(text_model, vqgan, default_image_size=SIZE)
+model.generation_config.image_defaults = IMAGE_DEFAULTS
 processor = MarsProcessor.from_text_tokenizer(AutoTokenizer.from_pretrained(options.text), model.config)
 
+options.out.mkdir(parents=True, exist_ok=True)
 data = load_dataset(options.data, split="train")
+codes_file = options.out / "codes.safetensors"
+if not codes_file.exists():
+    save_file({"codes": encode_pictures(model, processor, data)}, codes_file)
 dataset = AlignmentDataset(
     processor,
     data.remove_columns("image").to_list(),
-    encode_pictures(model, processor, data),
+    load_file(codes_file)["codes"],
     image_size=(SIZE, SIZE),
     batch_size=options.batch_size,
     num_batches=options.max_steps,
@@ -64,7 +72,6 @@ trainer = AlignmentTrainer(
     data_collator=collator,
     compile_drawing=options.compile,
 )
-options.out.mkdir(parents=True, exist_ok=True)
 trainer.train(resume_from_checkpoint=get_last_checkpoint(str(options.out)))
 model.save_pretrained(options.out / "final")
 processor.save_pretrained(options.out / "final")

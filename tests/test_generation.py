@@ -190,6 +190,20 @@ def test_a_streamer_hears_every_token(model):
     assert listener.ended
 
 
+def test_a_checkpoints_image_defaults_hold_in_image_mode_only_and_only_until_told_otherwise(model, tmp_path):
+    model.generation_config.image_defaults = {"guidance_scale": 4.0, "do_sample": True, "top_k": 1}
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    ids, negative = prompt(model), null_prompt(model)
+    options = {"generation_mode": "image", "height": 16, "width": 16, "negative_input_ids": negative}
+    by_default = loaded.generate(ids, **options)  # sampling the one best code is greedy
+    assert torch.equal(by_default, draw(model, ids, guidance_scale=4.0, negative_input_ids=negative))
+    told = loaded.generate(ids, **options, guidance_scale=1.0)
+    assert torch.equal(told, draw(model, ids, guidance_scale=1.0))
+    texts = [m.generate(ids, max_new_tokens=5) for m in (loaded, loaded)]
+    assert torch.equal(*texts)
+
+
 def test_default_size_is_the_configurations(model):
     drawn = model.generate(prompt(model), generation_mode="image", do_sample=False)
     side = model.config.default_image_size // model.config.downsample_factor

@@ -366,3 +366,19 @@ def test_the_wheel_holds_all_that_it_needs_and_works_unpacked(tmp_path: Path) ->
     code = "import mars_hf, mars_hf.contact_sheet as s; assert s.FONT.is_file(); print(mars_hf.__file__)"
     where = run_python(code, PYTHONPATH=str(tmp_path / "unpacked"))
     assert where.startswith(str(tmp_path / "unpacked"))
+
+
+def test_weights_stored_in_half_the_size_compute_as_before(tmp_path: Path, tiny_model, tiny_processor) -> None:
+    from mars_hf import MarsForConditionalGeneration
+
+    tiny_model.save_pretrained(tmp_path / "source")
+    tiny_processor.save_pretrained(tmp_path / "source")
+    hub.export_folder(tmp_path / "source", tmp_path / "out", weights_dtype="bfloat16")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {weight.dtype for weight in stored.values()} == {torch.bfloat16}
+    loaded = MarsForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, tiny_model.get_parameter(name).bfloat16().float()), name
+    with pytest.raises(ValueError, match="bfloat16', got 'int8'"):
+        hub.export_folder(tmp_path / "source", tmp_path / "other", weights_dtype="int8")

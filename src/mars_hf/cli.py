@@ -63,13 +63,16 @@ def export(
         Path, typer.Option(help="Folder of the checkpoint to export.", show_default="the embedded one")
     ] = DEFAULT_CHECKPOINT,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    weights_dtype: Annotated[
+        str | None, typer.Option(help="Store weights as, e.g., bfloat16.", show_default="as they are")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Write a checkpoint as a complete Hub folder, which loads with `trust_remote_code=True` and without mars_hf."""
     with _one_line_errors(debug):
         from mars_hf.hub import export_folder
 
-        export_folder(model, out, overwrite=overwrite)
+        export_folder(model, out, overwrite=overwrite, weights_dtype=weights_dtype)
         typer.echo(str(out))
 
 

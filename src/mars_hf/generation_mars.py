@@ -70,7 +70,8 @@ class MarsGenerationMixin(GenerationMixin):
             negative_input_ids, negative_attention_mask (`torch.LongTensor` of shape `(batch, negative_seq)`):
                 The unconditional rows, as the processor returns them.
             generator (`torch.Generator`, *optional*): Source of randomness when sampling pictures.
-            kwargs: Everything else that transformers' `generate` takes.
+            kwargs: Everything else that transformers' `generate` takes. Image mode takes what is not given from the
+                dictionary `generation_config.image_defaults` of the checkpoint, if it has one.
 
         Returns:
             `torch.LongTensor` of shape `(batch * num_return_sequences, seq)` or a `GenerateDecoderOnlyOutput`. In
@@ -90,6 +91,9 @@ class MarsGenerationMixin(GenerationMixin):
                 input_ids = self.fill_image_codes(input_ids, kwargs.pop("pixel_values"))
             self._check_ids(input_ids)
         if mode == "image":
+            given = {**(vars(generation_config) if generation_config else {}), **kwargs}
+            defaults = getattr(self.generation_config, "image_defaults", None) or {}
+            kwargs |= {name: value for name, value in defaults.items() if given.get(name) is None}
             kwargs = self._prepare_drawing(input_ids, generation_config, kwargs)
         else:
             kwargs = {name: value for name, value in kwargs.items() if name not in DRAWING_ARGUMENTS}

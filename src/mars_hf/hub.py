@@ -161,6 +161,7 @@ def export_folder(
     out: str | os.PathLike,
     facts: CardFacts | None = None,
     overwrite: bool = False,
+    weights_dtype: str | None = None,
 ) -> Path:
     """
     Write a saved checkpoint as a complete Hub folder, its weights bit for bit as stored.
@@ -172,6 +173,9 @@ def export_folder(
             What the model card says. `None` takes the source's own card over if it has one; the embedded checkpoint
             has its facts here.
         overwrite (`bool`, defaults to `False`): Replace an earlier export at the same place.
+        weights_dtype (`str`, *optional*):
+            Store the weights in another precision, e.g. `"bfloat16"` for half the size. `config.json` keeps the
+            precision of the source, in which the model computes after loading.
 
     Returns:
         `Path`: The folder.
@@ -189,8 +193,28 @@ def export_folder(
             is_card = path.name == "README.md" and facts is None
             if is_card or (path.suffix in _CARRIED_SUFFIXES and path.name not in _LEFT_BEHIND):
                 shutil.copyfile(path, folder / path.name)
+        if weights_dtype is not None:
+            _store_weights_as(folder, weights_dtype)
         _complete(folder, facts or CardFacts())
     return out
+
+
+def _store_weights_as(folder: Path, dtype: str) -> None:
+    """Round the floating-point weights of a folder, file by file."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    target = getattr(torch, dtype, None)
+    if not isinstance(target, torch.dtype) or not target.is_floating_point:
+        raise ValueError(f"`weights_dtype` must name a floating-point type of torch, as 'bfloat16', got {dtype!r}.")
+    stored = 0
+    for path in folder.glob("*.safetensors"):
+        weights = {name: w.to(target) if w.is_floating_point() else w for name, w in load_file(path).items()}
+        save_file(weights, path, metadata={"format": "pt"})
+        stored += sum(w.nbytes for w in weights.values())
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        _edit_json(index, metadata={**_read_json(index)["metadata"], "total_size": stored})
 
 
 @contextmanager

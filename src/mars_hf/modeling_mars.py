@@ -14,6 +14,7 @@ import torch
 from diffusers import VQModel
 from torch import nn
 from torch.nn import functional as F
+from transformers import GenerationConfig
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -457,9 +458,9 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
         model._copy_text_model(text_model)
         if config.use_visual_expert:
             model.freeze_text()
-        if text_model.can_generate():
-            model.generation_config.eos_token_id = text_model.generation_config.eos_token_id
-            model.generation_config.pad_token_id = text_model.generation_config.pad_token_id
+        # One of its own: what the library derives from a model's configuration loses further keys on loading.
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        model.generation_config = GenerationConfig(**{name: getattr(text_model.config, name) for name in ids})
         return model.eval()
 
     @torch.no_grad()

@@ -4,7 +4,8 @@ Stage I, text-to-image alignment (the paper's section 3.4): text-to-image and ca
 A training row is one or two stretches of one modality: text then a picture, or a picture then text. Each stretch is a
 dense call on the keys and values of the one before, which is the mixed call without its routing. Text in front of a
 picture has no trainable part, so it runs without gradient; the picture's stretch has one shape for all batches and
-can be compiled. Both are exact: a test compares losses and gradients with the plain forward.
+can be compiled. Both are exact, as a test shows against the plain forward, but for the `<null>` of unconditional
+prompts: it is read by the visual experts and gets no gradient of its own.
 
 What this file leaves to others: later stages, streaming data, packing.
 """
@@ -163,7 +164,7 @@ class AlignmentDataset(Dataset):
 
 class AlignmentCollator:
     """
-    Pad the rows of one task: prompts on the left, to a multiple of 32 (few shapes to compile), captions on the right.
+    Pad the rows of one task: prompts on the left, to a multiple of 24 (few shapes to compile), captions on the right.
 
     Args:
         image_start_token_id (`int`): Id of `<img>`.
@@ -178,7 +179,7 @@ class AlignmentCollator:
         (task,) = {row["task"] for row in rows}
         drawing = task == "text-to-image"
         longest = max(len(row["text"]) for row in rows)
-        width = -(-longest // 32) * 32 if drawing else longest
+        width = -(-longest // 24) * 24 if drawing else longest
         text = torch.full((len(rows), width), self.pad)
         mask = torch.zeros_like(text)
         for line, row in enumerate(rows):
@@ -227,11 +228,12 @@ class AlignmentTrainer(Trainer):
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
         inputs = dict(inputs)
         task = inputs.pop("task")
-        if task == "captioning":
-            return captioning_loss(self.model, **inputs)
-        mask = inputs["text_mask"]
-        prefix = text_prefix(self.model, inputs["text"], mask)
-        return self._drawing(self.model, prefix, mask, inputs["picture"], inputs["labels"])
+        with self.accelerator.autocast():  # accelerate wraps `forward` alone, the stretches go past it
+            if task == "captioning":
+                return captioning_loss(self.model, **inputs)
+            mask = inputs["text_mask"]
+            prefix = text_prefix(self.model, inputs["text"], mask)
+            return self._drawing(self.model, prefix, mask, inputs["picture"], inputs["labels"])
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:
@@ -240,7 +242,10 @@ def _positions(mask: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def text_prefix(model: MarsForConditionalGeneration, text: torch.Tensor, mask: torch.Tensor) -> list[tuple]:
-    """Give each layer's keys and values of left-padded prompts. Nothing in them is trained, except after `<null>`."""
+    """
+    Give each layer's keys and values of left-padded prompts. Nothing in them is trainable but `<null>`, which keeps
+    the row it starts with, the language model's own document separator.
+    """
     cache = DynamicCache(config=model.config)
     is_text = not bool((text >= model.config.image_token_offset).any())
     model.model(
@@ -319,6 +324,7 @@ def alignment_arguments(
         "save_total_limit": 2,
         "logging_steps": 50,
         "report_to": [],
+        "use_cpu": not torch.accelerator.is_available(),  # bf16 on a CPU has to be asked for
         "remove_unused_columns": False,
         "seed": 0,
         **changes,

@@ -1,0 +1,75 @@
+"""Examples and the README as their readers run them, on data and models of a few kilobytes."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mars_hf.data import emoji
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.integration
+
+
+def run(*command: str, cwd: Path = ROOT) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_the_readme_runs_as_pasted(tmp_path: Path, number: int) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) == 2
+    if number == 1:  # the second block loads a folder that the command before it wrote
+        run(sys.executable, "-m", "mars_hf.cli", "export", "mars-emoji", cwd=tmp_path)
+    run(sys.executable, "-c", blocks[number], cwd=tmp_path)
+    if number == 0:
+        assert Image.open(tmp_path / "picture-0.png").size == (64, 64)
+
+
+def write_data(folder: Path, size: int) -> None:
+    """Write a data set of the emoji data's form: squares of random colours."""
+    rng = np.random.default_rng(0)
+    (folder / "data").mkdir(parents=True)
+    for split in emoji.SPLITS:
+        rows = []
+        for number in range(6):
+            red, green, blue = rng.integers(0, 256, 3)
+            svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8"><rect width="8" height="{number + 2}" '
+            svg += f'fill="rgb({red},{green},{blue})"/></svg>'
+            names = {"caption_en": f"square {number}", "caption_zh": f"方块{number}"}
+            rows.append({"svg": svg, **names, "style": "noto", "hexcode": f"{number:X}"})
+        emoji._write_shard(folder / "data" / f"{split}-00000-of-00001.parquet", rows, size)
+    (folder / "README.md").write_text(emoji.dataset_card(size, dict.fromkeys(emoji.SPLITS, 6)))
+
+
+def test_the_training_scripts_lead_from_data_to_a_drawing(tmp_path: Path, make_text_model, tiny_processor) -> None:
+    for size in (64, 128):
+        write_data(tmp_path / f"emoji-{size}", size)
+    text = make_text_model(vocab_size=264, eos_token_id=256, pad_token_id=256, max_position_embeddings=256)
+    text.save_pretrained(tmp_path / "text")
+    plain = {token: i for token, i in tiny_processor.tokenizer.get_vocab().items() if i < 256}
+    from transformers import Qwen2Tokenizer
+
+    tokenizer = Qwen2Tokenizer(vocab={**plain, "<|endoftext|>": 256}, merges=[])
+    tokenizer.save_pretrained(tmp_path / "text")
+
+    def script(name: str, *arguments: str) -> str:
+        return run(sys.executable, str(ROOT / "examples" / name), *arguments, cwd=tmp_path)
+
+    data = ("emoji-64", "emoji-128")
+    said = script("train_vqgan.py", "--data", *data, "--out", "vqgan", "--max-steps", "2", "--batch-size", "2")
+    assert "test, 128 px" in said
+    stage = ("--text", "text", "--vqgan", "vqgan", "--data", "emoji-64", "--out", "stage1", "--batch-size", "2")
+    script("train_alignment.py", *stage, "--max-steps", "2")
+    export = ("export", "mars", "--model", "stage1/final", "--weights-dtype", "bfloat16")
+    run(sys.executable, "-m", "mars_hf.cli", *export, cwd=tmp_path)
+    draw = ("generate", "square 3", "--out", "drawn.png", "--model", "mars")
+    run(sys.executable, "-m", "mars_hf.cli", *draw, cwd=tmp_path)
+    assert Image.open(tmp_path / "drawn.png").width > 64
