@@ -120,7 +120,7 @@ class AlignmentDataset(Dataset):
         image_size: tuple[int, int],
         batch_size: int,
         num_batches: int,
-        captioning_share: float = 0.1,
+        captioning_share: float = 0.06,
         captions: CaptionStyle = CaptionStyle(),  # noqa: B008
         seed: int = 0,
     ):
