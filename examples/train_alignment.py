@@ -15,7 +15,6 @@ from datasets import load_dataset
 from diffusers import VQModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2ForCausalLM
-from transformers.trainer_utils import get_last_checkpoint
 
 from mars_hf import MarsForConditionalGeneration, MarsProcessor
 from mars_hf.training.alignment import (
@@ -25,6 +24,7 @@ from mars_hf.training.alignment import (
     alignment_arguments,
     encode_pictures,
 )
+from mars_hf.training.text import last_checkpoint
 
 SIZE = 64
 IMAGE_DEFAULTS = {"guidance_scale": 3.0, "do_sample": True, "temperature": 0.7, "top_k": 50}
@@ -53,7 +53,8 @@ options.out.mkdir(parents=True, exist_ok=True)
 data = load_dataset(options.data, split="train")
 codes_file = options.out / "codes.safetensors"
 if not codes_file.exists():
-    save_file({"codes": encode_pictures(model, processor, data)}, codes_file)
+    save_file({"codes": encode_pictures(model, processor, data)}, codes_file.with_suffix(".part"))
+    codes_file.with_suffix(".part").rename(codes_file)
 dataset = AlignmentDataset(
     processor,
     data.remove_columns("image").to_list(),
@@ -72,6 +73,6 @@ trainer = AlignmentTrainer(
     data_collator=collator,
     compile_drawing=options.compile,
 )
-trainer.train(resume_from_checkpoint=get_last_checkpoint(str(options.out)))
+trainer.train(resume_from_checkpoint=last_checkpoint(options.out))
 model.save_pretrained(options.out / "final")
 processor.save_pretrained(options.out / "final")

@@ -58,7 +58,8 @@ else:
     tokenizer = train_text_tokenizer(documents)
     tokenizer.save_pretrained(options.out)
     rows = pack_documents(tokenizer, documents)
-    save_file({"rows": rows}, rows_file)
+    save_file({"rows": rows}, rows_file.with_suffix(".part"))
+    rows_file.with_suffix(".part").rename(rows_file)
     for source, splits in corpus.items():
         tokens = pack_documents(tokenizer, splits["train"]).numel()
         print(f"{source}: {len(splits['train'])} documents, {tokens} tokens")

@@ -62,6 +62,7 @@ def test_tying_follows_the_text_model():
         ({"pad_vocab_to_multiple_of": -8}, "`pad_vocab_to_multiple_of` must be 1 or more, got -8"),
         ({"default_image_size": 100}, "multiple of `downsample_factor` .16., got 100"),
         ({"expert_output_projection": True, "use_visual_expert": False}, "`use_visual_expert` is False"),
+        ({"text_config": TEXT, "tie_word_embeddings": True}, "`tie_word_embeddings` is True, but .* False"),
         ({"text_config": {**TEXT, "num_key_value_heads": 3}}, "num_attention_heads` .4. must be a multiple"),
         ({"codebok_size": 50}, "`codebok_size`.*did you mean `codebook_size`"),
         ({"use_visual_experts": True}, "did you mean `use_visual_expert`"),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor, MaxTimeCriteria
 
 
 @pytest.fixture
@@ -134,6 +134,15 @@ def test_same_seed_same_picture_other_seed_other_picture(model):
     assert torch.equal(sampled(1), sampled(1)) and not torch.equal(sampled(1), sampled(2))
 
 
+def test_several_pictures_of_guided_prompts_of_several_sizes_are_those_of_each_alone(model):
+    ids, negative = prompt(model, rows=2), torch.cat([null_prompt(model), prompt(model, 3, seed=5)])
+    sizes = torch.tensor([[[16, 16]], [[8, 24]]])
+    options = {"generation_mode": "image", "guidance_scale": 3.0, "do_sample": True, "top_k": 1}
+    drawn = model.generate(ids, image_sizes=sizes, negative_input_ids=negative, num_return_sequences=2, **options)
+    alone = [greedy_loop(model, ids[i : i + 1], n, negative[i : i + 1], 3.0) for i, n in ((0, 16), (1, 12))]
+    assert codes_of(model, drawn, sizes) == [alone[0], alone[0], alone[1], alone[1]]
+
+
 def test_several_pictures_of_a_prompt_stand_together(model):
     ids = prompt(model, rows=2)
     drawn = draw(
@@ -185,9 +194,24 @@ def test_a_streamer_hears_every_token(model):
             self.ended = True
 
     listener = Listener()
-    drawn = draw(model, prompt(model), streamer=listener)
-    assert torch.equal(torch.cat([value.reshape(1, -1) for value in listener.heard], dim=1), drawn)
-    assert listener.ended
+    ids, sizes = prompt(model, rows=2), torch.tensor([[[16, 16]], [[8, 24]]])
+    drawn = model.generate(ids, generation_mode="image", image_sizes=sizes, do_sample=False, streamer=listener)
+    heard = torch.cat([value.reshape(2, -1) for value in listener.heard], dim=1)
+    assert torch.equal(heard, drawn) and listener.ended
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_static_cache_draws_what_a_growing_one_draws(model, guidance_scale):
+    options = {"guidance_scale": guidance_scale, "negative_input_ids": prompt(model, 9, seed=3)}
+    drawn = draw(model, prompt(model), **options)
+    assert torch.equal(drawn, draw(model, prompt(model), cache_implementation="static", **options))
+
+
+def test_a_generation_config_of_the_users_own_is_followed(model):
+    config = GenerationConfig(do_sample=False, guidance_scale=3.0, generation_mode="image")
+    ids, negative = prompt(model), null_prompt(model)
+    drawn = model.generate(ids, config, height=16, width=16, negative_input_ids=negative)
+    assert codes_of(model, drawn) == [greedy_loop(model, ids, 16, negative, 3.0)]
 
 
 def test_a_checkpoints_image_defaults_hold_in_image_mode_only_and_only_until_told_otherwise(model, tmp_path):
@@ -267,9 +291,17 @@ def test_pictures_come_back_as_pixels_for_every_sequence(make_model):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"height": 18, "width": 16}, "multiples of 4, got .*18"),
-        ({"height": 0, "width": 16}, "positive multiples"),
-        ({"height": -16, "width": 16}, "positive multiples"),
+        ({"height": 18, "width": 16}, "`height` must be a multiple of 4, got 18: use 16 or 20"),
+        ({"height": 0, "width": 16}, "`height` must be a positive whole number of pixels, got 0"),
+        ({"height": 16, "width": -16}, "`width` must be a positive whole number of pixels, got -16"),
+        ({"height": 16.5, "width": 16}, "`height` must be a positive whole number of pixels, got 16.5"),
+        ({"image_sizes": [[[18, 16], [16, 16]]], "height": None, "width": None}, "multiple of 4, got 18"),
+        ({"image_sizes": [[[0, 0]]], "height": None, "width": None}, "got 0"),
+        ({"guidance_scale": 2.0, "negative_input_ids": torch.tensor([[3], [4]])}, "got 2 for 1"),
+        ({"guidance_scale": 2.0, "negative_input_ids": torch.tensor([[3000]])}, "got 3000"),
+        ({"stopping_criteria": [MaxTimeCriteria(1.0)]}, "`stopping_criteria` is not possible"),
+        ({"output_attentions": True}, "`output_attentions` is not possible"),
+        ({"prompt_lookup_num_tokens": 3}, "assisted"),
         ({"height": 16, "width": None}, "together"),
         ({"height": 16, "width": 16, "image_sizes": [[[8, 8]]]}, "contradict"),
         ({"image_sizes": [[[8, 8]], [[8, 8]]], "height": None, "width": None}, "shape .1, pictures, 2"),
@@ -286,6 +318,20 @@ def test_impossible_requests_are_refused_before_any_forward(model, monkeypatch, 
     monkeypatch.setattr(type(model), "forward", lambda *a, **k: pytest.fail("work was done"))
     with pytest.raises(ValueError, match=message):
         model.generate(prompt(model), **{"generation_mode": "image", "height": 16, "width": 16, **kwargs})
+
+
+@pytest.mark.parametrize("name", ["generator", "guidance_scale"])
+def test_text_mode_refuses_what_belongs_to_pictures(model, name):
+    value = {"generator": torch.Generator(), "guidance_scale": 3.0}[name]
+    with pytest.raises(ValueError, match=f"`{name}` belongs to"):
+        model.generate(prompt(model), max_new_tokens=3, **{name: value})
+
+
+def test_places_without_pictures_are_refused(model):
+    ids = prompt(model)
+    ids[0, 1:3] = model.config.image_pad_token_id
+    with pytest.raises(ValueError, match="leave 2 places"):
+        model.generate(ids, max_new_tokens=3)
 
 
 @pytest.mark.parametrize("bad", [-1, 10_000])

@@ -323,8 +323,46 @@ def test_pictures_take_the_places_kept_for_them(make_model):
     words = torch.full((2, 3), 5)
     kept, true = torch.cat([words, places], 1), torch.cat([words, codes + config.image_token_offset], 1)
     assert torch.equal(model(kept, pixel_values=pixels).logits, model(true).logits)
-    with pytest.raises(ValueError, match="32 codes.*31 places"):
+    with pytest.raises(ValueError, match=r"\[16, 16\] codes.*\[16, 15\] places"):
         model(kept.flatten()[:-1][None], pixel_values=pixels)
+    with pytest.raises(ValueError, match=r"\[16, 16\] codes.*\[16\] places"):
+        model(kept[:1], pixel_values=pixels)
+
+
+@pytest.mark.parametrize("move", [lambda model: model.bfloat16(), lambda model: model.to(torch.float16)])
+def test_the_vqgan_stays_in_float32(make_model, move):
+    model, pixels = make_model(), torch.rand(2, 3, 16, 16) * 2 - 1
+    before = model.encode_image(pixels)
+    moved = move(copy.deepcopy(model))
+    assert {p.dtype for p in moved.vqgan.parameters()} == {torch.float32}
+    assert moved.model.embed_tokens.weight.dtype != torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        after = moved.encode_image(pixels)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_vqgan_that_looks_codes_up_itself_decodes_the_same(make_model):
+    model = make_model()
+    codes = model.encode_image(torch.rand(1, 3, 16, 16) * 2 - 1)
+    ids = [model.config.image_start_token_id, *(codes[0].flatten() + model.config.image_token_offset).tolist()]
+    row = torch.tensor([[*ids, model.config.image_end_token_id]])
+    before = model.decode_image_tokens(row)
+    model.vqgan.register_to_config(lookup_from_codebook=True)
+    assert torch.equal(model.decode_image_tokens(row)[0], before[0])
+
+
+def test_end_tokens_come_from_the_language_models_generation_config(make_text_model):
+    source = make_text_model()
+    source.generation_config.eos_token_id = [1, 7]
+    model = MarsForConditionalGeneration.from_text_and_vq(source, codebook_size=40, downsample_factor=4)
+    null = model.config.null_token_id - model.config.image_token_offset
+    assert model.generation_config.eos_token_id == [1, 7]
+    assert torch.equal(model.model.visual_embed_tokens.weight[null], source.model.embed_tokens.weight[7])
+
+
+def test_a_text_model_without_a_head_is_refused(make_text_model):
+    with pytest.raises(ValueError, match="causal language model, got Qwen2Model"):
+        MarsForConditionalGeneration.from_text_and_vq(make_text_model().model)
 
 
 def test_codes_become_pixels_again(make_model):

@@ -166,6 +166,11 @@ class MarsConfig(PreTrainedConfig):
                 "is nothing to give an output projection to. Set one of the two the other way."
             )
         text = self.text_config
+        if self.tie_word_embeddings != text.tie_word_embeddings:
+            raise ValueError(
+                f"`tie_word_embeddings` is {self.tie_word_embeddings}, but the text model's is "
+                f"{text.tie_word_embeddings}. Leave it out: the text model decides."
+            )
         if text.num_attention_heads % text.num_key_value_heads:
             raise ValueError(
                 f"`text_config.num_attention_heads` ({text.num_attention_heads}) must be a multiple of "

@@ -24,9 +24,28 @@ from transformers.generation import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .image_processing_mars import check_image_size
+
 GENERATION_MODES = ("text", "image")
+# What the drawing loop would not honour, and therefore refuses.
+NOT_IN_IMAGE_MODE = (
+    "stopping_criteria",
+    "max_time",
+    "stop_strings",
+    "past_key_values",
+    "inputs_embeds",
+    "visual_mask",
+    "position_ids",
+    "assistant_model",
+    "custom_generate",
+    "prefill_chunk_size",
+    "output_hidden_states",
+    "output_attentions",
+    "output_logits",
+)
 DRAWING_ARGUMENTS = ("height", "width", "image_sizes", "generator", "negative_input_ids", "negative_attention_mask")
 
 # Processors that treat all entries alike: they may see the scores of the codes alone. Any other one, a user's own for
@@ -66,7 +85,7 @@ class MarsGenerationMixin(GenerationMixin):
             height, width (`int`, *optional*): Fill `image_sizes`, or check it.
             guidance_scale (`float`, *optional*):
                 Image mode: `uncond + scale * (cond - uncond)` on the logits, before temperature, top-k and top-p.
-                None or 1 leaves the unconditional rows out.
+                1 leaves the unconditional rows out; None takes the checkpoint's default, or 1.
             negative_input_ids, negative_attention_mask (`torch.LongTensor` of shape `(batch, negative_seq)`):
                 The unconditional rows, as the processor returns them.
             generator (`torch.Generator`, *optional*): Source of randomness when sampling pictures.
@@ -75,67 +94,82 @@ class MarsGenerationMixin(GenerationMixin):
 
         Returns:
             `torch.LongTensor` of shape `(batch * num_return_sequences, seq)` or a `GenerateDecoderOnlyOutput`. In
-            image mode a row is prompt, `<img>`, codes, `</img>`, then padding if other rows are longer.
+            image mode a row is prompt, `<img>`, codes, `</img>`, then padding if other rows are longer, and `scores`
+            hold one entry for each code (`<img>` and `</img>` are not chosen).
 
         Raises:
             ValueError: If sizes are impossible or contradict each other, the context is too short for the picture,
                 or an option does not exist in the mode.
         """
-        mode = kwargs.pop("generation_mode", None) or getattr(generation_config, "generation_mode", None) or "text"
+        configs = (generation_config, self.generation_config)
+        mode = kwargs.pop("generation_mode", None)
+        mode = mode or next((m for c in configs if (m := getattr(c, "generation_mode", None))), "text")
         if mode not in GENERATION_MODES:
             raise ValueError(f"`generation_mode` must be one of {', '.join(GENERATION_MODES)}, got {mode!r}.")
         input_ids = kwargs.pop("input_ids", inputs) if inputs is None else inputs
         if input_ids is not None:
-            if kwargs.get("pixel_values") is not None:
-                # Once and first, so that the returned sequences hold true codes.
-                input_ids = self.fill_image_codes(input_ids, kwargs.pop("pixel_values"))
-            self._check_ids(input_ids)
+            input_ids = self._prompt_with_codes(input_ids, kwargs.pop("pixel_values", None))
         if mode == "image":
             given = {**(vars(generation_config) if generation_config else {}), **kwargs}
             defaults = getattr(self.generation_config, "image_defaults", None) or {}
             kwargs |= {name: value for name, value in defaults.items() if given.get(name) is None}
             kwargs = self._prepare_drawing(input_ids, generation_config, kwargs)
         else:
-            kwargs = {name: value for name, value in kwargs.items() if name not in DRAWING_ARGUMENTS}
-            kwargs["vocabulary"] = "text"  # the grammar of text: the vision head is not even computed
-            if input_ids is not None and not bool((input_ids >= self.config.image_token_offset).any()):
-                kwargs["modality"] = "text"
-        kwargs.pop("pixel_values", None)
+            kwargs = self._prepare_writing(input_ids, kwargs)
         return super().generate(input_ids, generation_config, generation_mode=mode, **kwargs)
 
+    def _prompt_with_codes(self, input_ids: torch.Tensor, pixel_values: Any) -> torch.Tensor:
+        """Check the prompt's ids and put the codes of its pictures in: once and first, so that they are returned."""
+        self._check_ids(input_ids)
+        if pixel_values is not None:
+            return self.fill_image_codes(input_ids, pixel_values)
+        if places := int((input_ids == self.config.image_pad_token_id).sum()):
+            raise ValueError(
+                f"`input_ids` leave {places} places (`<imgpad>`) for codes of pictures, but `pixel_values` is None. "
+                "Pass on all that the processor returned."
+            )
+        return input_ids
+
+    def _prepare_writing(self, input_ids: torch.Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Give a call of text mode its grammar: the vision head is not even computed."""
+        for name in ("generator", "guidance_scale"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f'`{name}` belongs to `generation_mode="image"`, but this call writes text.')
+        kwargs = {name: value for name, value in kwargs.items() if name not in DRAWING_ARGUMENTS}
+        kwargs["vocabulary"] = "text"
+        if input_ids is not None and not bool((input_ids >= self.config.image_token_offset).any()):
+            kwargs["modality"] = "text"
+        return kwargs
+
     def _prepare_drawing(
-        self, input_ids: torch.Tensor, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+        self, input_ids: torch.Tensor | None, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """Check a call of image mode before any work, and give it `image_sizes` and its length."""
-        if input_ids is None or kwargs.get("inputs_embeds") is not None:
+        if input_ids is None:
             raise ValueError('`generation_mode="image"` needs `input_ids` as its prompt.')
 
-        def setting(name: str, default: Any) -> Any:
+        def setting(name: str, default: Any = None) -> Any:
             sources = (
                 kwargs.get(name),
-                getattr(generation_config, name, None),
-                getattr(self.generation_config, name, None),
+                *(getattr(c, name, None) for c in (generation_config, self.generation_config)),
             )
             return next((value for value in sources if value is not None), default)
 
-        if setting("num_beams", 1) != 1 or kwargs.get("assistant_model") is not None:
-            raise ValueError('`generation_mode="image"` samples or is greedy: beams and assistants are not possible.')
-        if not setting("use_cache", True) or kwargs.get("past_key_values") is not None:
+        if ignored := [name for name in NOT_IN_IMAGE_MODE if setting(name)]:
+            raise ValueError(f'`{ignored[0]}` is not possible with `generation_mode="image"`. Leave it out.')
+        has_cache = setting("use_cache", True) and setting("cache_implementation") != "paged"
+        if setting("num_beams", 1) != 1 or not has_cache:
             raise ValueError(
-                '`generation_mode="image"` keeps a cache of its own: leave `use_cache` and `past_key_values`.'
+                '`generation_mode="image"` samples or is greedy, with a cache of its own: no beams, no '
+                "`use_cache=False` and no paged cache."
             )
-        scale = setting("guidance_scale", 1.0)
-        if scale < 0:
-            raise ValueError(f"`guidance_scale` must be 0 or more, got {scale}.")
-        if scale != 1.0 and kwargs.get("negative_input_ids") is None:
-            raise ValueError(
-                f"`guidance_scale={scale}` needs `negative_input_ids`: pass on all that the processor returned, or "
-                "set `guidance_scale=1.0`."
-            )
-        sizes = self._image_sizes(input_ids.shape[0], kwargs.pop("height", None), kwargs.pop("width", None), kwargs)
+        if self.training and self.is_gradient_checkpointing:
+            raise ValueError("Gradient checkpointing leaves no cache to draw with: call `model.eval()` first.")
+        negative = self._check_guidance(setting("guidance_scale", 1.0), len(input_ids), kwargs)
+        sizes = self._image_sizes(len(input_ids), kwargs.pop("height", None), kwargs.pop("width", None), kwargs)
         num_codes = int(self._num_codes(input_ids, sizes).max())
         needed = num_codes + 2
-        longest = max(input_ids.shape[1], kwargs["negative_input_ids"].shape[1] if scale != 1.0 else 0)
+        longest = max(input_ids.shape[1], 0 if negative is None else negative.shape[1])
         context = self.config.text_config.max_position_embeddings
         if longest + needed > context:
             raise ValueError(
@@ -148,38 +182,62 @@ class MarsGenerationMixin(GenerationMixin):
             asked = max_length - input_ids.shape[1]
         if asked is not None and asked < needed:
             raise ValueError(f"The picture needs {needed} new tokens, but only {asked} are allowed.")
-        if scale == 1.0:
-            kwargs.pop("negative_input_ids", None), kwargs.pop("negative_attention_mask", None)
         return {**kwargs, "image_sizes": sizes, "max_new_tokens": needed}
 
+    def _check_guidance(self, scale: float, batch: int, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """Check guidance; give its unconditional rows, or take them out of `kwargs` where the scale is 1."""
+        if scale < 0:
+            raise ValueError(f"`guidance_scale` must be 0 or more, got {scale}.")
+        if scale == 1.0:
+            kwargs.pop("negative_input_ids", None), kwargs.pop("negative_attention_mask", None)
+            return None
+        negative = kwargs.get("negative_input_ids")
+        if negative is None:
+            raise ValueError(
+                f"`guidance_scale={scale}` needs `negative_input_ids`: call the processor with `height=` and `width=` "
+                "and pass on all that it returns, or set `guidance_scale=1.0`."
+            )
+        self._check_ids(negative)
+        if len(negative) != batch:
+            raise ValueError(f"Every prompt needs its row of `negative_input_ids`: got {len(negative)} for {batch}.")
+        return negative
+
     def _image_sizes(self, batch: int, height: int | None, width: int | None, kwargs: dict[str, Any]) -> torch.Tensor:
-        """Read, fill and check sizes: `(batch, pictures, 2)` in pixels."""
+        """Read or fill sizes: `(batch, pictures, 2)` in pixels."""
         sizes = kwargs.pop("image_sizes", None)
         if (height is None) != (width is None):
             raise ValueError(f"Give `height` and `width` together, got height={height} and width={width}.")
+        if height is not None and width is not None:
+            check_image_size(height, width, self.config.downsample_factor)
         if sizes is None:
             side = self.config.default_image_size
-            sizes = [[[side if height is None else height, side if width is None else width]]] * batch
-            height = width = None
-        sizes = torch.as_tensor(sizes, dtype=torch.long)
-        if sizes.ndim != 3 or sizes.shape[0] != batch or sizes.shape[2] != 2:
-            raise ValueError(f"`image_sizes` must have shape ({batch}, pictures, 2), got {tuple(sizes.shape)}.")
+            return torch.tensor([[[height or side, width or side]]] * batch)
+        sizes = torch.as_tensor(sizes)
+        if sizes.ndim != 3 or sizes.shape[0] != batch or sizes.shape[2] != 2 or sizes.is_floating_point():
+            raise ValueError(
+                f"`image_sizes` must hold whole numbers of shape ({batch}, pictures, 2), got {sizes.dtype} of shape "
+                f"{tuple(sizes.shape)}."
+            )
         if height is not None and (sizes[:, -1] != torch.tensor([height, width], device=sizes.device)).any():
             raise ValueError(
                 f"`height={height}, width={width}` contradict `image_sizes` {sizes[:, -1].tolist()}. Give one of them."
             )
-        factor = self.config.downsample_factor
-        last = sizes[:, -1]
-        if (last <= 0).any() or (last % factor).any():
-            raise ValueError(f"Heights and widths must be positive multiples of {factor}, got {last.tolist()}.")
         return sizes
 
     def _num_codes(self, input_ids: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
-        """Count the codes `(batch,)` of the picture that comes next in each row."""
-        sizes = image_sizes.to(input_ids.device)
-        before = (input_ids == self.config.image_end_token_id).sum(-1).clamp_max(sizes.shape[1] - 1)
-        height, width = sizes[torch.arange(len(sizes), device=sizes.device), before].unbind(-1)
-        return (height // self.config.downsample_factor) * (width // self.config.downsample_factor)
+        """
+        Count the codes `(batch,)` of the picture that comes next in each row.
+
+        Raises:
+            ValueError: If a picture has no whole number of codes.
+        """
+        before = (input_ids == self.config.image_end_token_id).sum(-1).clamp_max(image_sizes.shape[1] - 1)
+        factor, counts = self.config.downsample_factor, []
+        for sizes, picture in zip(image_sizes.tolist(), before.tolist(), strict=True):
+            height, width = sizes[picture]
+            check_image_size(height, width, factor)
+            counts.append((height // factor) * (width // factor))
+        return torch.tensor(counts, device=input_ids.device)
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any):
         mode, generator = kwargs.pop("generation_mode", "text"), kwargs.pop("generator", None)
@@ -187,10 +245,14 @@ class MarsGenerationMixin(GenerationMixin):
         generation_config.generation_mode, generation_config.generator = mode, generator
         generation_config.image_guidance_scale = 1.0
         if mode == "image":
+            if generation_config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+                raise ValueError(
+                    '`generation_mode="image"` samples or is greedy, but these settings ask for '
+                    f"{generation_config.get_generation_mode().value}."
+                )
             # Taken from the library, which would run a second, unbatched forward for it.
-            generation_config.image_guidance_scale = generation_config.guidance_scale or 1.0
-            if generation_config.guidance_scale == 0:
-                generation_config.image_guidance_scale = 0.0
+            if generation_config.guidance_scale is not None:
+                generation_config.image_guidance_scale = generation_config.guidance_scale
             generation_config.guidance_scale = None
         return generation_config, model_kwargs
 
@@ -208,6 +270,8 @@ class MarsGenerationMixin(GenerationMixin):
         )
         if not is_first_iteration and "input_ids" in model_inputs:
             model_inputs.pop("visual_mask", None)  # it covers the prompt's embeddings; new ids speak for themselves
+            if kwargs.get("vocabulary") == "text" and model_inputs["input_ids"].shape[1] == 1:
+                model_inputs["modality"] = "text"  # a new word after a picture
         return model_inputs
 
     def _sample(
@@ -248,23 +312,19 @@ class MarsGenerationMixin(GenerationMixin):
         num_codes = self._num_codes(input_ids, image_sizes)  # (batch,)
         total, batch = int(num_codes.max()), len(input_ids)
         rows, mask = self._prompt_rows(input_ids, scale != 1.0, **model_kwargs)
-        is_text = not bool((rows >= config.image_token_offset).any())
-        step_inputs = {
-            "past_key_values": past_key_values,
-            "use_cache": True,
-            "vocabulary": "visual",
-            "logits_to_keep": 1,
-        }
-        prompt_positions = position_ids_of(mask)
-        modality = "text" if is_text else None
-        self(rows, attention_mask=mask, position_ids=prompt_positions, modality=modality, **step_inputs)
+        positions = position_ids_of(mask)
+        step_inputs = {"past_key_values": past_key_values, "use_cache": True, "vocabulary": "visual"}
+        step_inputs |= {"logits_to_keep": 1}
+        # Ranks that must stay in step call both experts, whatever their own prompts are.
+        is_text = not synced_gpus and not bool((rows >= config.image_token_offset).any())
+        self(rows, attention_mask=mask, position_ids=positions, modality="text" if is_text else None, **step_inputs)
 
         picture = input_ids.new_full((batch, total + 2), self._pad_id(generation_config))
         picture[:, 0] = config.image_start_token_id
-        if streamer is not None:
-            streamer.put(picture[:, 0].cpu())
+        picture.scatter_(1, num_codes[:, None] + 1, config.image_end_token_id)
+        self._stream(streamer, picture[:, 0])
         scores_kept: list[torch.Tensor] = []
-        step, position = 0, prompt_positions[:, -1:]
+        step, position = 0, positions[:, -1:]
         while self._has_unfinished_sequences(step >= total, synced_gpus, device=input_ids.device):
             # Rows whose picture is complete are fed `</img>` until the longest is done.
             fed = picture[:, min(step, total)].where(step <= num_codes, config.image_end_token_id)
@@ -277,13 +337,12 @@ class MarsGenerationMixin(GenerationMixin):
                 if generation_config.return_dict_in_generate and generation_config.output_scores:
                     scores_kept.append(self._widen(scores))
                 codes = pick_codes(scores, generation_config.do_sample, generation_config.generator)
-                picture[:, step + 1] = torch.where(step < num_codes, codes + config.image_token_offset, picture[:, -1])
-                if streamer is not None:
-                    streamer.put(picture[:, step + 1].cpu())
+                ids = codes + config.image_token_offset
+                picture[:, step + 1] = torch.where(step < num_codes, ids, picture[:, step + 1])
+                self._stream(streamer, picture[:, step + 1])
             step += 1
-        picture.scatter_(1, num_codes[:, None] + 1, config.image_end_token_id)
+        self._stream(streamer, picture[:, -1])
         if streamer is not None:
-            streamer.put(picture[:, -1].cpu())
             streamer.end()
         sequences = torch.cat([input_ids, picture], dim=1)
         if not generation_config.return_dict_in_generate:
@@ -291,6 +350,11 @@ class MarsGenerationMixin(GenerationMixin):
         return GenerateDecoderOnlyOutput(
             sequences=sequences, scores=tuple(scores_kept) or None, past_key_values=past_key_values
         )
+
+    @staticmethod
+    def _stream(streamer, tokens: torch.Tensor) -> None:
+        if streamer is not None:
+            streamer.put(tokens.cpu())
 
     def _pad_id(self, generation_config: GenerationConfig) -> int:
         """Id that fills up rows with smaller pictures; a text id, so that nothing takes it for a code."""

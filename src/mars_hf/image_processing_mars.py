@@ -389,6 +389,11 @@ def _positions_by_shape(tensors: Sequence[torch.Tensor] | torch.Tensor) -> list[
     return list(groups.values())
 
 
+def _without_autocast(vqgan: "VQModel") -> torch.autocast:
+    """Rounded to half precision, an encoder picks other codes."""
+    return torch.autocast(vqgan.device.type, enabled=False)
+
+
 @torch.no_grad()
 def encode_pixels(vqgan: "VQModel", pixel_values: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.LongTensor]:
     """
@@ -406,8 +411,9 @@ def encode_pixels(vqgan: "VQModel", pixel_values: torch.Tensor | Sequence[torch.
     codes: dict[int, torch.Tensor] = {}
     for positions in _positions_by_shape(pixel_values):
         pixels = torch.stack([pixel_values[i] for i in positions]).to(vqgan.device, vqgan.dtype)
-        latents = vqgan.encode(pixels).latents  # (pictures, channels, grid_height, grid_width)
-        indices = vqgan.quantize(latents)[2][2].view(latents.shape[0], *latents.shape[2:])
+        with _without_autocast(vqgan):
+            latents = vqgan.encode(pixels).latents  # (pictures, channels, grid_height, grid_width)
+            indices = vqgan.quantize(latents)[2][2].view(latents.shape[0], *latents.shape[2:])
         codes.update(zip(positions, indices, strict=True))
     return [cast(torch.LongTensor, codes[i]) for i in range(len(codes))]
 
@@ -430,7 +436,11 @@ def decode_codes(vqgan: "VQModel", codes: Sequence[torch.Tensor]) -> list[torch.
         latents = vqgan.quantize.get_codebook_entry(
             cast(torch.LongTensor, indices), (*indices.shape, vqgan.quantize.vq_embed_dim)
         )
-        pictures.update(zip(positions, vqgan.decode(latents, force_not_quantize=True).sample, strict=True))
+        with _without_autocast(vqgan):
+            # The two halves of `vqgan.decode`, which looks up anew, or not, by a switch of the checkpoint's own.
+            condition = latents if vqgan.config.norm_type == "spatial" else None
+            decoded = vqgan.decoder(vqgan.post_quant_conv(latents), condition)
+        pictures.update(zip(positions, decoded, strict=True))
     return [pictures[i] for i in range(len(pictures))]
 
 

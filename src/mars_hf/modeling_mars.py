@@ -218,6 +218,7 @@ class MarsPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["MarsDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules = ["vqgan"]  # read by quantizers: what is in it is left alone
     _keep_in_fp32_modules_strict = ["vqgan"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -274,7 +275,7 @@ class MarsPreTrainedModel(PreTrainedModel):
         if not self.config.use_visual_expert:
             raise ValueError("`freeze_text()` needs `use_visual_expert=True`: without experts all weights are shared.")
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(is_visual_parameter(name))
+            parameter.requires_grad_(is_visual_parameter(name) and parameter.is_floating_point())  # not if quantised
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any):
         """Refuse: the vocabulary is text, codes, specials and padding at fixed places."""
@@ -293,6 +294,14 @@ def is_visual_parameter(name: str) -> bool:
         True
     """
     return any(part.startswith("visual_") or part == "vision_head" for part in name.split("."))
+
+
+def _end_tokens(text_model: PreTrainedModel) -> list[int]:
+    """Ids that end a text, from the language model's generation config or its configuration."""
+    for source in (text_model.generation_config, text_model.config):
+        if source.eos_token_id is not None:
+            return list(source.eos_token_id) if isinstance(source.eos_token_id, list) else [source.eos_token_id]
+    return []
 
 
 class MarsModel(MarsPreTrainedModel):
@@ -429,7 +438,13 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_text_and_vq(cls, text_model: PreTrainedModel, vq_model: VQModel | None = None, **config_kwargs: Any):
+    def from_text_and_vq(
+        cls,
+        text_model: PreTrainedModel,
+        vq_model: VQModel | None = None,
+        end_of_text_id: int | None = None,
+        **config_kwargs: Any,
+    ):
         """
         Build a MARS from a loaded language model and VQ-GAN; visual experts start as copies of the text experts.
 
@@ -440,14 +455,19 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
         Args:
             text_model (`Qwen2ForCausalLM` or `Qwen3ForCausalLM`): The language model; copied, not changed.
             vq_model (`VQModel`, *optional*): The image tokenizer; copied, not changed.
+            end_of_text_id (`int`, *optional*):
+                Id of the token that separates documents, whose row `<null>` starts as. Defaults to the last of the
+                language model's end tokens, which is `<|endoftext|>` for Qwen.
             config_kwargs: Further fields of [`MarsConfig`].
 
         Returns:
             [`MarsForConditionalGeneration`]: In the dtype of `text_model`, the text part frozen.
 
         Raises:
-            ValueError: If the language model is of an unsupported type.
+            ValueError: If the language model is of an unsupported type, or has no head.
         """
+        if text_model.get_output_embeddings() is None:
+            raise ValueError(f"`text_model` must be a causal language model, got {type(text_model).__name__}.")
         vq_config = None if vq_model is None else {k: v for k, v in vq_model.config.items() if not k.startswith("_")}
         text_config = type(text_model.config).from_dict(text_model.config.to_dict())
         config = MarsConfig(text_config=text_config, vq_config=vq_config, **config_kwargs)
@@ -455,16 +475,18 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
         model = cls(config).to(device=text_model.device, dtype=text_model.dtype)
         if vq_model is not None:
             model.vqgan.float().load_state_dict(vq_model.state_dict(), strict=True)
-        model._copy_text_model(text_model)
+        ends = _end_tokens(text_model)
+        model._copy_text_model(text_model, ends[-1] if end_of_text_id is None and ends else end_of_text_id)
         if config.use_visual_expert:
             model.freeze_text()
         # One of its own: what the library derives from a model's configuration loses further keys on loading.
-        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-        model.generation_config = GenerationConfig(**{name: getattr(text_model.config, name) for name in ids})
+        pad = text_model.generation_config.pad_token_id
+        pad = text_model.config.pad_token_id if pad is None else pad
+        model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=pad)
         return model.eval()
 
     @torch.no_grad()
-    def _copy_text_model(self, text_model: PreTrainedModel) -> None:
+    def _copy_text_model(self, text_model: PreTrainedModel, end_of_text_id: int | None) -> None:
         source = {name.replace("lm_head.", "text_head."): value for name, value in text_model.state_dict().items()}
         target = self.state_dict()
         for name in target:
@@ -474,12 +496,27 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
         embeddings, head = source["model.embed_tokens.weight"], source["text_head.weight"]
         visual = self.model.visual_embed_tokens.weight
         visual.copy_(embeddings.float().mean(0).expand_as(visual))
-        end = text_model.config.eos_token_id
-        end = end[0] if isinstance(end, list) else end
-        if end is not None:
-            visual[self.config.null_token_id - self.config.image_token_offset] = embeddings[end]
+        if end_of_text_id is not None:
+            visual[self.config.null_token_id - self.config.image_token_offset] = embeddings[end_of_text_id]
         noise = torch.randn(self.vision_head.weight.shape, device=head.device) * (0.02 * head.float().std())
         self.vision_head.weight.copy_(head.float().mean(0) + noise)
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        """Move or cast; the VQ-GAN follows to any device, but never below float32: rounded, it picks other codes."""
+
+        def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.is_floating_point() and moved.dtype.itemsize < 4 else moved
+
+        vqgan = self._modules.pop("vqgan", None)
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            if vqgan is not None:
+                self._modules["vqgan"] = vqgan
+        if vqgan is not None:
+            vqgan._apply(at_least_float32)
+        return self
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
@@ -544,15 +581,18 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
         Replace every `<imgpad>` by the codes of the pictures, in order.
 
         Raises:
-            ValueError: If the pictures have more or fewer codes than `input_ids` has places.
+            ValueError: If there are more or fewer pictures than runs of `<imgpad>`, or one does not fit its run.
         """
-        codes = torch.cat([picture.flatten() for picture in self.encode_image(pixel_values)]).to(input_ids.device)
+        pictures = [picture.flatten() for picture in self.encode_image(pixel_values)]
         places = input_ids == self.config.image_pad_token_id
-        if int(places.sum()) != codes.numel():
+        starts = places & ~F.pad(places, (1, 0))[:, :-1]
+        runs = torch.bincount(starts.flatten().cumsum(0)[places.flatten()], minlength=1)[1:].tolist()
+        if runs != [len(picture) for picture in pictures]:
             raise ValueError(
-                f"`pixel_values` give {codes.numel()} codes, but `input_ids` leave {int(places.sum())} places "
-                "(`<imgpad>`) for them. Give both as one call of the processor returned them."
+                f"`pixel_values` hold pictures of {[len(picture) for picture in pictures]} codes, but `input_ids` "
+                f"leave runs of {runs} places (`<imgpad>`). Give both as one call of the processor returned them."
             )
+        codes = torch.cat(pictures).to(input_ids.device)
         return input_ids.masked_scatter(places, codes + self.config.image_token_offset)
 
     def _check_ids(self, input_ids: torch.Tensor) -> None:

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 from transformers import DynamicCache, Trainer, TrainingArguments
 
+from ..generation_mars import position_ids_of
 from ..image_processing_mars import encode_pixels
 from ..modeling_mars import MarsForConditionalGeneration
 from ..processing_mars import MarsProcessor, null_prompt_ids, prompt_ids, text_ids
@@ -212,12 +213,30 @@ class AlignmentTrainer(Trainer):
 
     Args:
         compile_drawing (`bool`, defaults to `False`): Compile the picture's stretch of text-to-image rows.
+
+    Raises:
+        ValueError: If the run is spread over devices, checkpoints gradients, evaluates, or has no visual experts: the
+            stretches go past the wrappers and need a cache.
     """
 
     def __init__(self, *args: Any, compile_drawing: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self._refuse_what_stretches_cannot_do()
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch's labels
         self._drawing = torch.compile(drawing_loss) if compile_drawing else drawing_loss
+
+    def _refuse_what_stretches_cannot_do(self) -> None:
+        batch_size = getattr(self.train_dataset, "batch_size", self.args.train_batch_size)
+        refused = {
+            "more than one process or device": max(self.args.world_size, self.args.n_gpu) > 1,
+            "gradient checkpointing": self.args.gradient_checkpointing or self.model.is_gradient_checkpointing,
+            "`eval_strategy`": self.args.eval_strategy != "no",
+            "`use_visual_expert=False`": not self.model.config.use_visual_expert,
+            f"batches of {self.args.train_batch_size} from data in batches of {batch_size}": batch_size
+            != self.args.train_batch_size,
+        }
+        if problems := [name for name, holds in refused.items() if holds]:
+            raise ValueError(f"AlignmentTrainer computes its loss stretch by stretch and cannot do {problems[0]}.")
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int]:
         return _InOrder(len(self.train_dataset))
@@ -236,10 +255,6 @@ class AlignmentTrainer(Trainer):
             return self._drawing(self.model, prefix, mask, inputs["picture"], inputs["labels"])
 
 
-def _positions(mask: torch.Tensor) -> torch.Tensor:
-    return (mask.cumsum(-1) - 1).clamp_min(0)
-
-
 @torch.no_grad()
 def text_prefix(model: MarsForConditionalGeneration, text: torch.Tensor, mask: torch.Tensor) -> list[tuple]:
     """
@@ -251,7 +266,7 @@ def text_prefix(model: MarsForConditionalGeneration, text: torch.Tensor, mask: t
     model.model(
         text,
         attention_mask=mask,
-        position_ids=_positions(mask),
+        position_ids=position_ids_of(mask),
         past_key_values=cache,
         modality="text" if is_text else None,
         use_cache=True,
@@ -275,7 +290,7 @@ def drawing_loss(
     """
     cache = DynamicCache(prefix)
     mask = torch.cat([text_mask, torch.ones_like(picture)], dim=1)
-    positions = _positions(mask)[:, text_mask.shape[1] :]
+    positions = position_ids_of(mask)[:, text_mask.shape[1] :]
     hidden = model.model(
         picture, attention_mask=mask, position_ids=positions, past_key_values=cache, modality="image", use_cache=True
     ).last_hidden_state
@@ -296,7 +311,7 @@ def captioning_loss(
     read = model.model(
         text,
         attention_mask=mask,
-        position_ids=_positions(mask)[:, picture.shape[1] :],
+        position_ids=position_ids_of(mask)[:, picture.shape[1] :],
         past_key_values=cache,
         modality="text",
         use_cache=True,

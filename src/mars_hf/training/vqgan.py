@@ -24,6 +24,8 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from ..image_processing_mars import decode_codes, encode_pixels
+
 
 @dataclass(frozen=True)
 class VqganTrainingArguments:
@@ -152,11 +154,9 @@ def evaluate_vqgan(vqgan: VQModel, images: np.ndarray, batch_size: int = 32) -> 
     counts = torch.zeros(vqgan.config.num_vq_embeddings)
     for start in range(0, len(images), batch_size):
         pixels = images_to_tensor(images[start : start + batch_size]).to(vqgan.device, vqgan.dtype)
-        latents = vqgan.encode(pixels).latents
-        codes = vqgan.quantize(latents)[2][2].view(len(pixels), *latents.shape[2:])
-        counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
-        embedded = vqgan.quantize.get_codebook_entry(codes, (*codes.shape, latents.shape[1]))
-        output = vqgan.decode(embedded, force_not_quantize=True).sample.clamp(-1, 1)
+        codes = encode_pixels(vqgan, pixels)
+        counts += torch.bincount(torch.cat([grid.flatten() for grid in codes]).cpu(), minlength=len(counts))
+        output = torch.stack(decode_codes(vqgan, codes)).clamp(-1, 1)
         squared = ((output - pixels).float() * 127.5).round().square().mean(dim=(1, 2, 3))
         psnr.append(10 * torch.log10(255.0**2 / squared.clamp_min(1e-3)))
     share = counts / counts.sum()
