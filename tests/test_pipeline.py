@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mars_hf import MarsPipeline
 
@@ -104,3 +105,26 @@ def test_a_negative_prompt_changes_the_picture(pipe, tiny_model, call) -> None:
 def test_what_cannot_be_drawn_is_refused(pipe, inputs, arguments, error, message) -> None:
     with pytest.raises(error, match=message):
         pipe(inputs, **arguments)
+
+
+def test_the_stock_image_text_to_text_pipeline_reads_a_chat_with_a_picture(tiny_model, tiny_processor) -> None:
+    from transformers.pipelines.image_text_to_text import ImageTextToTextPipeline
+
+    picture = Image.new("RGB", (16, 16), "red")
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "What <img>?"}]
+    chat = [{"role": "user", "content": content}]
+    stock = ImageTextToTextPipeline(model=tiny_model, processor=tiny_processor)
+    said = stock(text=chat, max_new_tokens=5, do_sample=False)[0]["generated_text"][-1]["content"]
+
+    inputs = tiny_processor.apply_chat_template(chat, tokenize=True, return_dict=True, add_generation_prompt=True)
+    ids = tiny_model.generate(**inputs, max_new_tokens=5, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    assert said == tiny_processor.tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+def test_the_stock_text_generation_pipeline_writes(tiny_model, tiny_processor) -> None:
+    from transformers import TextGenerationPipeline
+
+    stock = TextGenerationPipeline(model=tiny_model, tokenizer=tiny_processor.tokenizer)
+    said = stock("ab", max_new_tokens=5, do_sample=False)[0]["generated_text"]
+    ids = tiny_model.generate(torch.tensor([tiny_processor.tokenizer("ab")["input_ids"]]), max_new_tokens=5)
+    assert said == tiny_processor.tokenizer.decode(ids[0], skip_special_tokens=True)
