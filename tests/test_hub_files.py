@@ -382,3 +382,21 @@ def test_weights_stored_in_half_the_size_compute_as_before(tmp_path: Path, tiny_
         assert torch.equal(parameter, tiny_model.get_parameter(name).bfloat16().float()), name
     with pytest.raises(ValueError, match="bfloat16', got 'int8'"):
         hub.export_folder(tmp_path / "source", tmp_path / "other", weights_dtype="int8")
+
+
+def test_the_frozen_part_is_one_file_for_all_that_is_trained_on_it(tmp_path: Path, tiny_model, tiny_processor) -> None:
+    from mars_hf import MarsForConditionalGeneration
+
+    for name in ("before", "after"):
+        tiny_model.save_pretrained(tmp_path / name)
+        tiny_processor.save_pretrained(tmp_path / name)
+        hub.export_folder(tmp_path / name, tmp_path / f"{name}-out", separate_frozen=True)
+        loaded = MarsForConditionalGeneration.from_pretrained(tmp_path / f"{name}-out")
+        for key, parameter in loaded.named_parameters():
+            assert torch.equal(parameter, tiny_model.get_parameter(key)), key
+        for parameter in tiny_model.parameters():
+            parameter.data += 1.0 * parameter.requires_grad  # training moves the visual part
+    frozen, visual = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
+    before, after = tmp_path / "before-out", tmp_path / "after-out"
+    assert (before / frozen).read_bytes() == (after / frozen).read_bytes()
+    assert (before / visual).read_bytes() != (after / visual).read_bytes()

@@ -66,13 +66,17 @@ def export(
     weights_dtype: Annotated[
         str | None, typer.Option(help="Store weights as, e.g., bfloat16.", show_default="as they are")
     ] = None,
+    separate_frozen: Annotated[
+        bool, typer.Option("--separate-frozen", help="Store the frozen part in a file of its own.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Write a checkpoint as a complete Hub folder, which loads with `trust_remote_code=True` and without mars_hf."""
     with _one_line_errors(debug):
         from mars_hf.hub import export_folder
 
-        export_folder(model, out, overwrite=overwrite, weights_dtype=weights_dtype)
+        storage = {"weights_dtype": weights_dtype, "separate_frozen": separate_frozen}
+        export_folder(model, out, overwrite=overwrite, **storage)
         typer.echo(str(out))
 
 

@@ -162,6 +162,7 @@ def export_folder(
     facts: CardFacts | None = None,
     overwrite: bool = False,
     weights_dtype: str | None = None,
+    separate_frozen: bool = False,
 ) -> Path:
     """
     Write a saved checkpoint as a complete Hub folder, its weights bit for bit as stored.
@@ -176,6 +177,9 @@ def export_folder(
         weights_dtype (`str`, *optional*):
             Store the weights in another precision, e.g. `"bfloat16"` for half the size. `config.json` keeps the
             precision of the source, in which the model computes after loading.
+        separate_frozen (`bool`, defaults to `False`):
+            Store the frozen part (language model and VQ-GAN) in a file of its own, the same for every checkpoint
+            that is trained on it.
 
     Returns:
         `Path`: The folder.
@@ -195,6 +199,8 @@ def export_folder(
                 shutil.copyfile(path, folder / path.name)
         if weights_dtype is not None:
             _store_weights_as(folder, weights_dtype)
+        if separate_frozen:
+            _separate_frozen(folder)
         _complete(folder, facts or CardFacts())
     return out
 
@@ -215,6 +221,27 @@ def _store_weights_as(folder: Path, dtype: str) -> None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         _edit_json(index, metadata={**_read_json(index)["metadata"], "total_size": stored})
+
+
+def _separate_frozen(folder: Path) -> None:
+    """Split the weights of a folder in two files: what is frozen, and the visual part."""
+    from safetensors.torch import load_file, save_file
+
+    from mars_hf.modeling_mars import is_visual_parameter
+
+    weights = {}
+    for path in folder.glob("*.safetensors"):
+        weights |= load_file(path)
+        path.unlink()
+    weight_map = {}
+    for number, visual in ((1, False), (2, True)):
+        part = {name: weights[name] for name in sorted(weights) if is_visual_parameter(name) == visual}
+        file = f"model-{number:05d}-of-00002.safetensors"
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    metadata = {"total_size": sum(weight.nbytes for weight in weights.values())}
+    index = {"metadata": metadata, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
 @contextmanager
