@@ -23,6 +23,7 @@ from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 from transformers import DynamicCache, Trainer, TrainingArguments
 
+from ..data.text import caption_phrases, with_style
 from ..generation_mars import position_ids_of
 from ..image_processing_mars import encode_pixels
 from ..modeling_mars import MarsForConditionalGeneration
@@ -63,18 +64,10 @@ def emoji_caption(record: dict[str, str], rng: random.Random, style: CaptionStyl
         '红苹果，noto 风格'
     """
     chinese, named, phrased = (rng.random() < share for share in (style.chinese, style.named_style, style.phrase))
-    caption = record["caption_zh" if chinese else "caption_en"]
-    if phrased:
-        if chinese:
-            caption = rng.choice(["一张{}的图片", "一个{}", "{}的图片"]).format(caption)
-        else:
-            article = "an" if caption[:1].lower() in "aeiou" else "a"
-            caption = rng.choice([f"{article} {{}}", f"a picture of {article} {{}}", "a picture of {}"]).format(
-                caption
-            )
-    if named:
-        caption = f"{caption}，{record['style']} 风格" if chinese else f"{caption}, {record['style']} style"
-    return caption
+    language = "zh" if chinese else "en"
+    label, *phrases = caption_phrases(record[f"caption_{language}"], language)  # the forms that the LM was taught
+    caption = rng.choice(phrases) if phrased and phrases else label
+    return with_style(caption, record["style"], language) if named else caption
 
 
 def encode_pictures(
