@@ -61,7 +61,7 @@ def emoji_caption(record: dict[str, str], rng: random.Random, style: CaptionStyl
 
     Example:
         >>> emoji_caption({"caption_en": "red apple", "caption_zh": "红苹果", "style": "noto"}, random.Random(1))
-        '红苹果，noto 风格'
+        '红苹果'
     """
     chinese, named, phrased = (rng.random() < share for share in (style.chinese, style.named_style, style.phrase))
     language = "zh" if chinese else "en"
