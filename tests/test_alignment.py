@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from mars_hf.training.alignment import (
     AlignmentCollator,
+    AlignmentDataset,
     AlignmentTrainer,
     CaptionStyle,
     alignment_arguments,
@@ -33,7 +34,12 @@ class Rows(torch.utils.data.Dataset):
         rng = torch.Generator().manual_seed(index)
         text = torch.randint(3, 90, (3 + index % 4,), generator=rng).tolist()
         picture = torch.randint(0, self.config.codebook_size, (6,), generator=rng) + self.config.image_token_offset
-        return {"task": ["text-to-image", "captioning"][index // 2 % 2], "text": text, "picture": picture}
+        return {
+            "task": ["text-to-image", "captioning"][index // 2 % 2],
+            "text": text,
+            "picture": picture,
+            "fed": picture,
+        }
 
 
 @pytest.fixture
@@ -152,3 +158,30 @@ def test_phrases_come_in_both_languages():
         "一张红苹果的图片",
         "一个红苹果",
     }
+
+
+def test_noise_replaces_fed_codes_and_no_label(tiny_processor):
+    codes = torch.zeros(4, 16, dtype=torch.long)
+    options = {"image_size": (16, 16), "batch_size": 2, "num_batches": 40, "captioning_share": 0.3}
+    noisy = AlignmentDataset(tiny_processor, [RECORD] * 4, codes, code_noise=0.5, **options)
+    offset, shares = tiny_processor.image_token_offset, []
+    for index in range(len(noisy)):
+        row = noisy[index]
+        assert (row["picture"] == offset).all() and torch.equal(row["fed"], noisy[index]["fed"])
+        share = (row["fed"] != offset).float().mean().item()
+        assert row["task"] == noisy.task(index) == noisy.task(index // 2 * 2)
+        assert share == 0 or row["task"] == "text-to-image"
+        shares += [share] if row["task"] == "text-to-image" else []
+    # Shares are uniform between 0 and 0.5, and one replacement in 40 draws the code that stood there.
+    assert 0.18 < sum(shares) / len(shares) < 0.31 and len(set(shares)) > 5
+    clean = AlignmentDataset(tiny_processor, [RECORD] * 4, codes, code_noise=0.0, **options)
+    assert all((clean[index]["fed"] == offset).all() for index in range(len(clean)))
+
+
+def test_every_pass_shows_every_record_once_in_an_order_of_its_own(tiny_processor):
+    codes = torch.arange(6)[:, None].expand(6, 16)
+    options = {"image_size": (16, 16), "batch_size": 3, "num_batches": 4}
+    data = AlignmentDataset(tiny_processor, [RECORD] * 6, codes, **options)
+    passes = [[data.record_index(index) for index in range(start, start + 6)] for start in (0, 6)]
+    assert sorted(passes[0]) == sorted(passes[1]) == list(range(6)) and passes[0] != passes[1]
+    assert [data.record_index(index) for index in range(6)] == passes[0]

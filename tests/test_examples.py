@@ -1,7 +1,6 @@
-"""Examples and the README as their readers run them, on data and models of a few kilobytes."""
+"""Examples as their readers run them, on data and models of a few kilobytes."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,17 +19,6 @@ def run(*command: str, cwd: Path = ROOT) -> str:
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
-
-
-@pytest.mark.parametrize("number", range(2))
-def test_the_readme_runs_as_pasted(tmp_path: Path, number: int) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 2
-    if number == 1:  # the second block loads a folder that the command before it wrote
-        run(sys.executable, "-m", "mars_hf.cli", "export", "mars-emoji", cwd=tmp_path)
-    run(sys.executable, "-c", blocks[number], cwd=tmp_path)
-    if number == 0:
-        assert Image.open(tmp_path / "picture-0.png").size == (64, 64)
 
 
 def write_data(folder: Path, size: int) -> None:

@@ -103,6 +103,10 @@ class AlignmentDataset(Dataset):
         num_batches (`int`): Batches in all.
         captioning_share (`float`): Share of batches that caption.
         captions ([`CaptionStyle`]): Forms of captions.
+        code_noise (`float`):
+            Largest share of the codes fed in text-to-image rows that are replaced by random ones (labels are not);
+            each row draws its own share. A small data set can be told by the first codes of a picture: without noise
+            the model comes to lean on them instead of on the prompt, and goes astray on its own drawings.
         seed (`int`): Decides all else.
     """
 
@@ -116,6 +120,7 @@ class AlignmentDataset(Dataset):
         num_batches: int,
         captioning_share: float = 0.06,
         captions: CaptionStyle = CaptionStyle(),  # noqa: B008
+        code_noise: float = 0.5,
         seed: int = 0,
     ):
         if len(records) != len(codes):
@@ -126,6 +131,7 @@ class AlignmentDataset(Dataset):
         self.offset = processor.image_token_offset
         self.image_size, self.batch_size, self.num_batches = image_size, batch_size, num_batches
         self.captioning_share, self.captions, self.seed = captioning_share, captions, seed
+        self.code_noise, self.codebook_size = code_noise, processor.codebook_size
         self._pass, self._order = -1, torch.empty(0)
 
     def __len__(self) -> int:
@@ -153,7 +159,16 @@ class AlignmentDataset(Dataset):
             text = null_prompt_ids(self.tokenizer, *self.image_size)
         else:
             text = prompt_ids(self.tokenizer, caption, *self.image_size)
-        return {"task": task, "text": text, "picture": self.codes[chosen] + self.offset}
+        picture = self.codes[chosen] + self.offset
+        fed = self._with_noise(picture, rng) if task == "text-to-image" else picture
+        return {"task": task, "text": text, "picture": picture, "fed": fed}
+
+    def _with_noise(self, picture: torch.Tensor, rng: random.Random) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(rng.getrandbits(63))
+        replaced = torch.rand(picture.shape, generator=generator) < self.code_noise * rng.random()
+        return picture.where(
+            ~replaced, torch.randint(self.codebook_size, picture.shape, generator=generator) + self.offset
+        )
 
 
 class AlignmentCollator:
@@ -180,9 +195,9 @@ class AlignmentCollator:
             place = slice(width - len(row["text"]), None) if drawing else slice(0, len(row["text"]))
             text[line, place], mask[line, place] = torch.tensor(row["text"]), 1
         start, end = (torch.full((len(rows), 1), token) for token in (self.start, self.end))
-        codes = torch.stack([row["picture"] for row in rows])
+        codes, fed = (torch.stack([row[key] for row in rows]) for key in ("picture", "fed"))
         # The last code and `</img>` predict nothing that is learnt in drawing: they are not fed.
-        picture = torch.cat([start, codes[:, :-1]] if drawing else [start, codes, end], dim=1)
+        picture = torch.cat([start, fed[:, :-1]] if drawing else [start, fed, end], dim=1)
         labels = codes if drawing else text.masked_fill(mask == 0, -100)
         return {"task": task, "text": text, "text_mask": mask, "picture": picture, "labels": labels}
 
