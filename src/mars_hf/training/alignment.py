@@ -105,7 +105,7 @@ class AlignmentDataset(Dataset):
         captions ([`CaptionStyle`]): Forms of captions.
         code_noise (`float`):
             Largest share of the codes fed in text-to-image rows that are replaced by random ones (labels are not);
-            each row draws its own share. A small data set can be told by the first codes of a picture: without noise
+            each row draws its own share. A picture of a small data set can be told by its first codes: without noise
             the model comes to lean on them instead of on the prompt, and goes astray on its own drawings.
         seed (`int`): Decides all else.
     """
@@ -120,7 +120,7 @@ class AlignmentDataset(Dataset):
         num_batches: int,
         captioning_share: float = 0.06,
         captions: CaptionStyle = CaptionStyle(),  # noqa: B008
-        code_noise: float = 0.5,
+        code_noise: float = 1.0,
         seed: int = 0,
     ):
         if len(records) != len(codes):
