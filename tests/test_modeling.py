@@ -211,7 +211,7 @@ def test_gradient_checkpointing_changes_no_gradient(make_model):
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     plain = gradients()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     checkpointed = gradients()
     assert plain.keys() == checkpointed.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
     assert all((plain[name] - checkpointed[name]).abs().max() < 1e-6 for name in plain)
