@@ -12,14 +12,14 @@ What this file leaves to others: later stages, streaming data, packing.
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset as HfDataset
 from torch.nn import functional as F
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 from tqdm.auto import tqdm
 from transformers import DynamicCache, Trainer, TrainingArguments
 
@@ -202,19 +202,6 @@ class AlignmentCollator:
         return {"task": task, "text": text, "text_mask": mask, "picture": picture, "labels": labels}
 
 
-class _InOrder(Sampler[int]):
-    """The data set is shuffled by its own index."""
-
-    def __init__(self, length: int):
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.length))
-
-
 class AlignmentTrainer(Trainer):
     """
     `Trainer` that computes Stage I's loss stretch by stretch (see the top of this file).
@@ -247,7 +234,7 @@ class AlignmentTrainer(Trainer):
             raise ValueError(f"AlignmentTrainer computes its loss stretch by stretch and cannot do {problems[0]}.")
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int]:
-        return _InOrder(len(self.train_dataset))
+        return SequentialSampler(self.train_dataset)  # the data set shuffles itself
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         return [name for name in super().get_decay_parameter_names(model) if "embed_tokens" not in name]
