@@ -24,9 +24,11 @@ from mars_hf.training.alignment import (
     alignment_arguments,
     encode_pictures,
 )
+from mars_hf.training.muon import muon_with_adamw
 from mars_hf.training.text import last_checkpoint
 
 SIZE = 64
+LABEL_SPREAD = 0.1  # the codebook's rows are of length 1, nearest neighbours 0.15 apart
 IMAGE_DEFAULTS = {"guidance_scale": 3.0, "do_sample": True, "temperature": 0.7, "top_k": 50}
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -45,7 +47,9 @@ text_model = Qwen2ForCausalLM.from_pretrained(options.text, dtype=torch.float32,
 vqgan = VQModel.from_pretrained(options.vqgan)
 for frozen in (text_model, vqgan):  # rounded now as they will be stored, so that what trains sees what is shipped
     frozen.to(torch.bfloat16).to(torch.float32)
-model = MarsForConditionalGeneration.from_text_and_vq(text_model, vqgan, default_image_size=SIZE)
+model = MarsForConditionalGeneration.from_text_and_vq(
+    text_model, vqgan, default_image_size=SIZE, expert_output_projection=True
+)
 model.generation_config.image_defaults = IMAGE_DEFAULTS
 processor = MarsProcessor.from_text_tokenizer(AutoTokenizer.from_pretrained(options.text), model.config)
 
@@ -72,6 +76,9 @@ trainer = AlignmentTrainer(
     train_dataset=dataset,
     data_collator=collator,
     compile_drawing=options.compile,
+    loss_scope="grammar",
+    label_spread=LABEL_SPREAD,
+    optimizer_cls_and_kwargs=(lambda: muon_with_adamw, {"muon_learning_rate": 6e-3, "learning_rate": 3e-3}),
 )
 trainer.train(resume_from_checkpoint=last_checkpoint(options.out))
 model.save_pretrained(options.out / "final")

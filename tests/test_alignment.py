@@ -1,5 +1,6 @@
 """Stage I's stretches against the plain mixed forward; its rows and their order."""
 
+import math
 import random
 
 import pytest
@@ -15,8 +16,10 @@ from mars_hf.training.alignment import (
     captioning_loss,
     drawing_loss,
     emoji_caption,
+    neighbouring_codes,
     text_prefix,
 )
+from mars_hf.training.muon import muon_with_adamw
 
 RECORD = {"caption_en": "red apple", "caption_zh": "红苹果", "style": "noto"}
 
@@ -90,7 +93,53 @@ def test_stretches_give_the_loss_and_gradients_of_the_mixed_forward(make_model, 
             assert (mine[name] - parameter.grad).abs().max() < 1e-6, name
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_and_moves_the_visual_part_only(make_model, rows, tmp_path):
+@pytest.mark.parametrize("scope", ["joint", "grammar"])
+def test_a_label_shared_among_neighbouring_codes_costs_their_weighted_cross_entropies(make_model, rows, scope):
+    model, (batches, _, _) = make_model().double(), rows
+    batch, offset = batches["text-to-image"], model.config.image_token_offset
+    codebook = torch.randn(model.config.codebook_size, 3)
+    shares = neighbouring_codes(codebook, 0.8, num_neighbours=3).double()
+    arguments = (batch["text_mask"], batch["picture"], batch["labels"])
+    prefix = text_prefix(model, batch["text"], batch["text_mask"])
+    loss = drawing_loss(model, prefix, *arguments, scope, shares)
+
+    plain = 0.0
+    for row in range(len(batch["text"])):
+        ids = torch.cat([batch["text"][row][batch["text_mask"][row].bool()], batch["picture"][row]])
+        logits = model(ids[None]).logits[0, -batch["picture"].shape[1] :]
+        logits = logits if scope == "joint" else logits[:, offset:]
+        logs = logits.log_softmax(-1)[:, -model.config.num_visual_tokens :]
+        for place, label in enumerate((batch["labels"][row] - offset).tolist()):
+            gaps = [float((codebook[label] - other).square().sum()) for other in codebook]
+            nearest = sorted(range(len(gaps)), key=gaps.__getitem__)[:3]
+            weights = [math.exp(-gaps[code] / (2 * 0.8**2)) for code in nearest]
+            plain -= sum(w * logs[place, code] for w, code in zip(weights, nearest, strict=True)) / sum(weights)
+    assert abs(loss - plain / batch["labels"].numel()) < 1e-5  # the shares are float32
+
+
+def test_a_spread_of_nothing_labels_each_code_alone_and_a_negative_one_is_refused():
+    assert neighbouring_codes(torch.randn(5, 2), 0.0) is None
+    with pytest.raises(ValueError, match="label_spread.*-0.1"):
+        neighbouring_codes(torch.randn(5, 2), -0.1)
+
+
+def test_muon_takes_the_matrices_of_layers_and_adamw_all_else_that_trains(make_model):
+    model = make_model()
+    chain = muon_with_adamw(model, muon_learning_rate=0.02, learning_rate=0.01)
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    muon, adamw = ({name_of[id(p)] for group in one.param_groups for p in group["params"]} for one in chain.optimizers)
+    assert muon | adamw == {name for name, p in model.named_parameters() if p.requires_grad} and not muon & adamw
+    assert muon == {name for name in muon | adamw if ".layers." in name and name.endswith("weight")}
+    assert {"vision_head.weight", "model.visual_embed_tokens.weight"} < adamw
+    assert [group["lr"] for group in chain.param_groups] == [0.02, 0.01]
+    with pytest.raises(ValueError, match="0 chained optimizers, this run has 2"):
+        chain.load_state_dict(torch.optim.SGD(model.parameters()).state_dict())
+
+
+@pytest.mark.parametrize("with_muon", [False, True])
+def test_a_resumed_run_equals_an_uninterrupted_one_and_moves_the_visual_part_only(
+    make_model, rows, tmp_path, with_muon
+):
     from mars_hf.modeling_mars import is_visual_parameter
 
     _, data, collate = rows
@@ -101,7 +150,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_moves_the_visual_part_onl
 
         model = copy.deepcopy(start)
         args = alignment_arguments(str(folder), 6, 2, bf16=False, save_steps=3, use_cpu=True, disable_tqdm=True)
-        trainer = AlignmentTrainer(model=model, args=args, train_dataset=data, data_collator=collate)
+        muon = (lambda: muon_with_adamw, {"muon_learning_rate": 6e-3, "learning_rate": 3e-3})
+        options = {"optimizer_cls_and_kwargs": muon, "loss_scope": "grammar", "label_spread": 0.5} if with_muon else {}
+        trainer = AlignmentTrainer(model=model, args=args, train_dataset=data, data_collator=collate, **options)
         if stop_after:
             trainer.add_callback(Stop(stop_after))
         trainer.train(resume_from_checkpoint=resume)

@@ -26,10 +26,11 @@ from transformers import DynamicCache, Trainer, TrainingArguments
 from ..data.text import caption_phrases, with_style
 from ..generation_mars import position_ids_of
 from ..image_processing_mars import encode_pixels
-from ..modeling_mars import MarsForConditionalGeneration
+from ..modeling_mars import MarsForConditionalGeneration, Vocabulary
 from ..processing_mars import MarsProcessor, null_prompt_ids, prompt_ids, text_ids
 
 TASKS = ("text-to-image", "captioning")
+VOCABULARY_OF_SCOPE: dict[str, Vocabulary] = {"joint": "all", "grammar": "visual"}
 
 
 @dataclass(frozen=True)
@@ -208,16 +209,31 @@ class AlignmentTrainer(Trainer):
 
     Args:
         compile_drawing (`bool`, defaults to `False`): Compile the picture's stretch of text-to-image rows.
+        loss_scope (`str`, defaults to `"joint"`):
+            What competes for a code: `"joint"`, text and visual ids as in the paper, or `"grammar"`, visual ids only,
+            which is all that decoding lets through.
+        label_spread (`float`, defaults to 0.0): Width of `neighbouring_codes`; 0 labels each code alone.
 
     Raises:
         ValueError: If the run is spread over devices, checkpoints gradients, evaluates, or has no visual experts: the
             stretches go past the wrappers and need a cache.
     """
 
-    def __init__(self, *args: Any, compile_drawing: bool = False, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        compile_drawing: bool = False,
+        loss_scope: str = "joint",
+        label_spread: float = 0.0,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
+        if loss_scope not in VOCABULARY_OF_SCOPE:
+            raise ValueError(f"`loss_scope` must be one of {', '.join(VOCABULARY_OF_SCOPE)}, got {loss_scope!r}.")
         self._refuse_what_stretches_cannot_do()
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch's labels
+        self.loss_scope = loss_scope
+        self.neighbours = neighbouring_codes(self.model.vqgan.quantize.embedding.weight, label_spread)
         self._drawing = torch.compile(drawing_loss) if compile_drawing else drawing_loss
 
     def _refuse_what_stretches_cannot_do(self) -> None:
@@ -247,7 +263,8 @@ class AlignmentTrainer(Trainer):
                 return captioning_loss(self.model, **inputs)
             mask = inputs["text_mask"]
             prefix = text_prefix(self.model, inputs["text"], mask)
-            return self._drawing(self.model, prefix, mask, inputs["picture"], inputs["labels"])
+            picture, labels = inputs["picture"], inputs["labels"]
+            return self._drawing(self.model, prefix, mask, picture, labels, self.loss_scope, self.neighbours)
 
 
 @torch.no_grad()
@@ -275,13 +292,17 @@ def drawing_loss(
     text_mask: torch.Tensor,
     picture: torch.Tensor,
     labels: torch.Tensor,
+    loss_scope: str = "joint",
+    neighbours: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Compute the joint next-token loss of pictures `(batch, codes)` after prompts.
+    Compute the next-token loss of pictures `(batch, codes)` after prompts.
 
     Args:
         picture (`torch.LongTensor`): `<img>` and all codes but the last.
         labels (`torch.LongTensor`): All codes, as ids: the label of each fed token.
+        loss_scope (`str`): See [`AlignmentTrainer`].
+        neighbours (`torch.Tensor`, *optional*): From `neighbouring_codes`; without it each code is labelled alone.
     """
     cache = DynamicCache(prefix)
     mask = torch.cat([text_mask, torch.ones_like(picture)], dim=1)
@@ -289,7 +310,42 @@ def drawing_loss(
     hidden = model.model(
         picture, attention_mask=mask, position_ids=positions, past_key_values=cache, modality="image", use_cache=True
     ).last_hidden_state
-    return F.cross_entropy(model.compute_logits(hidden, "all").float().flatten(0, 1), labels.flatten())
+    hidden, labels, offset = hidden.flatten(0, 1), labels.flatten(), model.config.image_token_offset
+    logits = model.compute_logits(hidden, VOCABULARY_OF_SCOPE[loss_scope]).float()
+    if neighbours is None:
+        return F.cross_entropy(logits, labels if loss_scope == "joint" else labels - offset)
+    # The mean logit of a label's neighbours is the state times their mean head row: nothing is gathered from logits.
+    head = model.vision_head.weight
+    mean_rows = F.embedding(labels - offset, neighbours.to(head.dtype) @ head[: len(neighbours)])
+    return (logits.logsumexp(-1) - (hidden.float() * mean_rows.float()).sum(-1)).mean()
+
+
+def neighbouring_codes(codebook: torch.Tensor, spread: float, num_neighbours: int = 16) -> torch.Tensor | None:
+    """
+    Share the label of each code out among the codes nearest to it.
+
+    Neighbouring codes draw almost the same pixels, and which of them the VQ-GAN took is close to chance: with a
+    single label a small model spends itself on learning that chance by heart.
+
+    Args:
+        codebook (`torch.Tensor` of shape `(codes, channels)`): Rows of the VQ-GAN's codebook.
+        spread (`float`): Standard deviation, in distances of the codebook, of the Gaussian that gives the shares.
+        num_neighbours (`int`, defaults to 16): How many share, the code itself among them.
+
+    Returns:
+        `torch.Tensor` of shape `(codes, codes)`: Rows sum to 1. `None` if `spread` is 0.
+
+    Raises:
+        ValueError: If `spread` is negative.
+    """
+    if spread < 0:
+        raise ValueError(f"`label_spread` is a distance and cannot be negative, got {spread}.")
+    if spread == 0:
+        return None
+    codebook = codebook.detach().float()
+    distances, nearest = torch.cdist(codebook, codebook).topk(min(num_neighbours, len(codebook)), largest=False)
+    shares = torch.softmax(-(distances**2) / (2 * spread**2), dim=-1)
+    return torch.zeros(len(codebook), len(codebook), device=codebook.device).scatter(1, nearest, shares)
 
 
 def captioning_loss(
