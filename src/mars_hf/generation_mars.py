@@ -16,6 +16,7 @@ from transformers.generation import (
     EtaLogitsWarper,
     GenerationConfig,
     GenerationMixin,
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     StoppingCriteriaList,
@@ -24,6 +25,7 @@ from transformers.generation import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -64,6 +66,25 @@ VOCABULARY_BLIND = (
 def position_ids_of(attention_mask: torch.Tensor) -> torch.Tensor:
     """Give consecutive positions `(batch, seq)` that start at each row's first attended token."""
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+class OnWholeVocabulary(LogitsProcessor):
+    """
+    Applies processors that look ids of the prompt up among the scores (penalties, for example) after a picture: the
+    scores of the text ids are widened for them, so that the picture's ids have a place.
+
+    Args:
+        processors (`LogitsProcessorList`): What is applied.
+        vocab_size (`int`): Number of ids: text and visual.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, vocab_size: int):
+        self.processors, self.vocab_size = processors, vocab_size
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        width = scores.shape[-1]
+        wide = torch.nn.functional.pad(scores, (0, self.vocab_size - width), value=-torch.inf)
+        return self.processors(input_ids, wide)[:, :width]
 
 
 class MarsGenerationMixin(GenerationMixin):
@@ -264,15 +285,39 @@ class MarsGenerationMixin(GenerationMixin):
             generation_config, model_kwargs, mode, batch_size, max_cache_length
         )
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration: bool | None = False, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, is_first_iteration: bool | None = False, inputs_embeds: torch.Tensor | None = None, **kwargs
+    ):
+        # `inputs_embeds` stand in the signature because that is where the library looks whether they are supported.
         model_inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, is_first_iteration=is_first_iteration, inputs_embeds=inputs_embeds, **kwargs
         )
         if not is_first_iteration and "input_ids" in model_inputs:
             model_inputs.pop("visual_mask", None)  # it covers the prompt's embeddings; new ids speak for themselves
             if kwargs.get("vocabulary") == "text" and model_inputs["input_ids"].shape[1] == 1:
                 model_inputs["modality"] = "text"  # a new word after a picture
         return model_inputs
+
+    def _get_logits_processor(self, generation_config, *args, model_kwargs: dict[str, Any] | None = None, **kwargs):
+        processors = super()._get_logits_processor(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
+        writes = getattr(generation_config, "generation_mode", None) == "text"
+        if not writes or (model_kwargs or {}).get("modality") == "text":
+            return processors
+        if all(isinstance(processor, VOCABULARY_BLIND) for processor in processors):
+            return processors
+        return LogitsProcessorList([OnWholeVocabulary(processors, self.config.vocab_size)])
+
+    def _get_candidate_generator(self, *args, model_kwargs: dict[str, Any], **kwargs):
+        # The library hands all of it to an assistant, and a plain language model knows neither.
+        shared = {name: value for name, value in model_kwargs.items() if name not in ("vocabulary", "modality")}
+        candidates = super()._get_candidate_generator(*args, model_kwargs=shared, **kwargs)
+        if isinstance(candidates, PromptLookupCandidateGenerator) and model_kwargs.get("modality") != "text":
+            # What followed the same words before may be a picture: a draft ends there.
+            visual = torch.arange(self.config.image_token_offset, self.config.vocab_size, device=self.device)
+            ends = candidates.eos_token_id
+            candidates.eos_token_id = visual if ends is None else torch.cat([ends.to(visual), visual])
+            candidates.vocab_size = self.config.vocab_size
+        return candidates
 
     def _sample(
         self,

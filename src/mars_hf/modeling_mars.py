@@ -218,14 +218,20 @@ class MarsPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["MarsDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules = ["vqgan"]  # read by quantizers: what is in it is left alone
-    _keep_in_fp32_modules_strict = ["vqgan"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": MarsDecoderLayer, "attentions": MarsAttention}
+
+    def __init__(self, config: MarsConfig):
+        asked = config._attn_implementation
+        super().__init__(config)
+        # The layers read the text model's part, which follows what the library makes of the request (sdpa for None,
+        # a kernel for an absent flash attention), unless it was given an attention of its own.
+        if config.text_config._attn_implementation == asked:
+            config.text_config._attn_implementation = config._attn_implementation
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -309,7 +315,6 @@ class MarsModel(MarsPreTrainedModel):
 
     def __init__(self, config: MarsConfig):
         super().__init__(config)
-        config._attn_implementation = config._attn_implementation  # the setter hands it on to the text model's part
         text = config.text_config
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
         self.visual_embed_tokens = nn.Embedding(config.num_visual_tokens, text.hidden_size)
@@ -425,6 +430,8 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
     """
 
     output_modalities = ("image", "text")
+    _keep_in_fp32_modules = ["vqgan"]  # read by quantizers: what is in it is left alone
+    _keep_in_fp32_modules_strict = ["vqgan"]
     _tied_weights_keys = {"text_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"text_head": "colwise_gather_output", "vision_head": "colwise_gather_output"}
 

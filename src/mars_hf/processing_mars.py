@@ -257,8 +257,8 @@ class MarsProcessor(ProcessorMixin):
         negative_prompt: str | Sequence[str | None] | None = None,
         image_sizes: Any = None,
         task: Task | None = None,
-        return_labels: bool = False,
-        drop_caption: bool | Sequence[bool] = False,
+        return_labels: bool | None = None,
+        drop_caption: bool | Sequence[bool] | None = None,
         **kwargs: Unpack[MarsProcessorKwargs],
     ) -> BatchFeature:
         r"""
@@ -285,8 +285,8 @@ class MarsProcessor(ProcessorMixin):
             image_sizes (`torch.LongTensor` of shape `(batch, 1, 2)`, *optional*):
                 Another way to give `height` and `width`.
             task (`str`, *optional*): `"text-to-image"` or `"captioning"`.
-            return_labels (`bool`, defaults to `False`): Return `labels`; needs `task`.
-            drop_caption (`bool` or `list[bool]`, defaults to `False`):
+            return_labels (`bool`, *optional*): Return `labels`; needs `task`.
+            drop_caption (`bool` or `list[bool]`, *optional*):
                 In text-to-image training, replace the caption by `<null>`, for all rows or row by row.
             kwargs: Of the tokenizer (`padding`, `max_length`, `return_tensors`, ...) and the image processor.
 
@@ -613,7 +613,7 @@ class MarsProcessor(ProcessorMixin):
         height: Any,
         width: Any,
         task: Any,
-        return_labels: bool,
+        return_labels: bool | None,
         drop_caption: Any,
         options: dict[str, Any],
     ) -> BatchFeature:
