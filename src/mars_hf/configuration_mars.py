@@ -61,6 +61,16 @@ class MarsConfig(PreTrainedConfig):
             `"where"` sends all through both and selects, for export and for distributed ranks that must stay in step.
         default_image_size (`int`, *optional*):
             Height and width in pixels of a picture when none is asked for. Defaults to 16 codes a side.
+        codes_per_step (`int` or `list[int]`, defaults to 1):
+            Codes that one step draws, the K of next-K-token prediction: what the model was trained for. Of several,
+            the first is what `generate` takes by default.
+        code_order (`str`, defaults to `"raster"`):
+            Order in which codes are emitted: `"raster"`, `"region"` or `"block2x2"`.
+        cell_embedding (`bool`, defaults to `False`):
+            Add learnt embeddings of the cell that a token holds and of the cell that it predicts. They start at zero.
+            Needed for an order other than raster, where positions alone do not tell the cell.
+        max_grid_size (`int`, defaults to 64):
+            Largest number of rows or columns of codes that the cell embeddings know.
 
     Raises:
         ValueError: If a value is impossible, two sizes contradict each other, the text model is not supported, or an
@@ -96,6 +106,10 @@ class MarsConfig(PreTrainedConfig):
     expert_output_projection: bool = False
     expert_impl: Literal["gather", "where"] = "gather"
     default_image_size: Filled = None
+    codes_per_step: int | list[int] = 1
+    code_order: Literal["raster", "region", "block2x2"] = "raster"
+    cell_embedding: bool = False
+    max_grid_size: int = 64
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs: Any):
@@ -152,9 +166,23 @@ class MarsConfig(PreTrainedConfig):
             setattr(self, field, value)
 
     def _refuse_impossible(self) -> None:
-        for field in ("codebook_size", "downsample_factor", "pad_vocab_to_multiple_of", "default_image_size"):
+        sizes = (
+            "codebook_size",
+            "downsample_factor",
+            "pad_vocab_to_multiple_of",
+            "default_image_size",
+            "max_grid_size",
+        )
+        for field in sizes:
             if getattr(self, field) < 1:
                 raise ValueError(f"`{field}` must be 1 or more, got {getattr(self, field)}.")
+        if not self.trained_codes_per_step or min(self.trained_codes_per_step) < 1:
+            raise ValueError(f"`codes_per_step` must be 1 or more, or a list of such, got {self.codes_per_step}.")
+        if self.code_order != "raster" and not self.cell_embedding:
+            raise ValueError(
+                f"`code_order` is {self.code_order!r}, but `cell_embedding` is False: outside raster order a token "
+                "cannot tell which cell it draws. Set `cell_embedding=True`."
+            )
         if self.default_image_size % self.downsample_factor:
             raise ValueError(
                 f"`default_image_size` must be a multiple of `downsample_factor` ({self.downsample_factor}), got "
@@ -181,6 +209,11 @@ class MarsConfig(PreTrainedConfig):
                 f"`text_config.hidden_size` ({text.hidden_size}) must be a multiple of "
                 f"`text_config.num_attention_heads` ({text.num_attention_heads})."
             )
+
+    @property
+    def trained_codes_per_step(self) -> list[int]:
+        """Every K that the model was trained for, the default one first."""
+        return [self.codes_per_step] if isinstance(self.codes_per_step, int) else list(self.codes_per_step)
 
     @property
     def text_vocab_size(self) -> int:

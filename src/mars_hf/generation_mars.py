@@ -28,8 +28,13 @@ from transformers.generation import (
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils import logging
 
+from .code_order_mars import PictureLayout, check_code_order, emission_order
+from .configuration_mars import MarsConfig
 from .image_processing_mars import check_image_size
+
+logger = logging.get_logger(__name__)
 
 GENERATION_MODES = ("text", "image")
 # What the drawing loop would not honour, and therefore refuses.
@@ -48,7 +53,17 @@ NOT_IN_IMAGE_MODE = (
     "output_attentions",
     "output_logits",
 )
-DRAWING_ARGUMENTS = ("height", "width", "image_sizes", "generator", "negative_input_ids", "negative_attention_mask")
+DRAWING_ARGUMENTS = (
+    "height",
+    "width",
+    "image_sizes",
+    "generator",
+    "negative_input_ids",
+    "negative_attention_mask",
+    "codes_per_step",
+    "code_order",
+    "initial_codes",
+)
 
 # Processors that treat all entries alike: they may see the scores of the codes alone. Any other one, a user's own for
 # example, sees the whole vocabulary.
@@ -109,14 +124,20 @@ class MarsGenerationMixin(GenerationMixin):
                 1 leaves the unconditional rows out; None takes the checkpoint's default, or 1.
             negative_input_ids, negative_attention_mask (`torch.LongTensor` of shape `(batch, negative_seq)`):
                 The unconditional rows, as the processor returns them.
-            generator (`torch.Generator`, *optional*): Source of randomness when sampling pictures.
+            generator (`torch.Generator` or a list of one for each returned row, *optional*):
+                Source of randomness when sampling pictures.
+            codes_per_step (`int`, *optional*):
+                Codes that one step draws (next-K-token prediction). Defaults to the configuration's first.
+            code_order (`str`, *optional*): Checked against the configuration's.
+            initial_codes (`list[torch.LongTensor]`, *optional*):
+                The first codes of each prompt's picture, in emission order; the rest is drawn.
             kwargs: Everything else that transformers' `generate` takes. Image mode takes what is not given from the
                 dictionary `generation_config.image_defaults` of the checkpoint, if it has one.
 
         Returns:
             `torch.LongTensor` of shape `(batch * num_return_sequences, seq)` or a `GenerateDecoderOnlyOutput`. In
-            image mode a row is prompt, `<img>`, codes, `</img>`, then padding if other rows are longer, and `scores`
-            hold one entry for each code (`<img>` and `</img>` are not chosen).
+            image mode a row is prompt, `<img>` once or K times, codes in emission order, `</img>`, then padding if
+            other rows are longer, and `scores` hold one entry for each code (`<img>` and `</img>` are not chosen).
 
         Raises:
             ValueError: If sizes are impossible or contradict each other, the context is too short for the picture,
@@ -188,13 +209,16 @@ class MarsGenerationMixin(GenerationMixin):
             raise ValueError("Gradient checkpointing leaves no cache to draw with: call `model.eval()` first.")
         negative = self._check_guidance(setting("guidance_scale", 1.0), len(input_ids), kwargs)
         sizes = self._image_sizes(len(input_ids), kwargs.pop("height", None), kwargs.pop("width", None), kwargs)
-        num_codes = int(self._num_codes(input_ids, sizes).max())
-        needed = num_codes + 2
+        grids = self._grids(input_ids, sizes)
+        k = self._check_steps(setting("codes_per_step"), setting("code_order"), grids)
+        self._check_initial_codes(kwargs.get("initial_codes"), grids)
+        num_codes = max(height * width for height, width in grids)
+        needed = num_codes + k + 1
         longest = max(input_ids.shape[1], 0 if negative is None else negative.shape[1])
         context = self.config.text_config.max_position_embeddings
         if longest + needed > context:
             raise ValueError(
-                f"The prompt has {longest} tokens and the picture needs {needed} ({num_codes} codes, `<img>` and "
+                f"The prompt has {longest} tokens and the picture needs {needed} ({num_codes} codes, {k} `<img>` and "
                 f"`</img>`), together more than the context of {context}. Shorten the prompt or draw a smaller "
                 "picture."
             )
@@ -203,7 +227,49 @@ class MarsGenerationMixin(GenerationMixin):
             asked = max_length - input_ids.shape[1]
         if asked is not None and asked < needed:
             raise ValueError(f"The picture needs {needed} new tokens, but only {asked} are allowed.")
-        return {**kwargs, "image_sizes": sizes, "max_new_tokens": needed}
+        return {**kwargs, "image_sizes": sizes, "max_new_tokens": needed, "codes_per_step": k}
+
+    def _check_steps(self, codes_per_step: int | None, code_order: str | None, grids: list[tuple[int, int]]) -> int:
+        """Give K; refuse a K that the pictures or the order do not have, and an order that was not trained."""
+        config = self.config
+        if code_order not in (None, config.code_order):
+            raise ValueError(
+                f"This checkpoint was trained to draw in {config.code_order!r} order (`config.code_order`), it cannot "
+                f"draw in {code_order!r} order."
+            )
+        k = config.trained_codes_per_step[0] if codes_per_step is None else codes_per_step
+        for grid in set(grids):
+            check_code_order(*grid, k, config.code_order)
+            if config.cell_embedding and max(grid) > config.max_grid_size:
+                raise ValueError(
+                    f"A picture has {grid[0]}x{grid[1]} codes, but the cell embeddings know {config.max_grid_size} a "
+                    "side (`config.max_grid_size`). Draw a smaller picture."
+                )
+        if k not in config.trained_codes_per_step:
+            logger.warning_once(
+                f"`codes_per_step={k}` was not trained for (`config.codes_per_step` is {config.codes_per_step}): "
+                "expect poor pictures."
+            )
+        return k
+
+    def _check_initial_codes(self, initial_codes: Any, grids: list[tuple[int, int]]) -> None:
+        """Refuse beginnings of pictures that do not fit them."""
+        if initial_codes is None:
+            return
+        if len(initial_codes) != len(grids):
+            raise ValueError(f"`initial_codes` needs one row for each prompt: got {len(initial_codes)}, {len(grids)}.")
+        for row, (codes, (height, width)) in enumerate(zip(initial_codes, grids, strict=True)):
+            codes = torch.as_tensor(codes)
+            if codes.ndim != 1 or len(codes) > height * width:
+                raise ValueError(
+                    f"`initial_codes` of row {row} must be at most {height * width} codes in a line (the picture has "
+                    f"{height}x{width}), got shape {tuple(codes.shape)}."
+                )
+            if len(codes) and (int(codes.min()) < 0 or int(codes.max()) >= self.config.codebook_size):
+                raise ValueError(
+                    f"`initial_codes` must lie in [0, {self.config.codebook_size}), got {int(codes.min())} to "
+                    f"{int(codes.max())} in row {row}."
+                )
 
     def _check_guidance(self, scale: float, batch: int, kwargs: dict[str, Any]) -> torch.Tensor | None:
         """Check guidance; give its unconditional rows, or take them out of `kwargs` where the scale is 1."""
@@ -245,25 +311,28 @@ class MarsGenerationMixin(GenerationMixin):
             )
         return sizes
 
-    def _num_codes(self, input_ids: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
+    def _grids(self, input_ids: torch.Tensor, image_sizes: torch.Tensor) -> list[tuple[int, int]]:
         """
-        Count the codes `(batch,)` of the picture that comes next in each row.
+        Give rows and columns, in codes, of the picture that comes next in each row.
 
         Raises:
             ValueError: If a picture has no whole number of codes.
         """
         before = (input_ids == self.config.image_end_token_id).sum(-1).clamp_max(image_sizes.shape[1] - 1)
-        factor, counts = self.config.downsample_factor, []
+        factor, grids = self.config.downsample_factor, []
         for sizes, picture in zip(image_sizes.tolist(), before.tolist(), strict=True):
             height, width = sizes[picture]
             check_image_size(height, width, factor)
-            counts.append((height // factor) * (width // factor))
-        return torch.tensor(counts, device=input_ids.device)
+            grids.append((height // factor, width // factor))
+        return grids
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any):
         mode, generator = kwargs.pop("generation_mode", "text"), kwargs.pop("generator", None)
+        k, initial_codes = kwargs.pop("codes_per_step", 1), kwargs.pop("initial_codes", None)
+        kwargs.pop("code_order", None)  # checked: it is the configuration's
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         generation_config.generation_mode, generation_config.generator = mode, generator
+        generation_config.codes_per_step, generation_config.initial_codes = k, initial_codes
         generation_config.image_guidance_scale = 1.0
         if mode == "image":
             if generation_config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
@@ -352,54 +421,50 @@ class MarsGenerationMixin(GenerationMixin):
         image_sizes: torch.Tensor,
         **model_kwargs,
     ):
-        """Draw one picture a row: prefill the prompt, then feed `<img>` and code after code."""
-        config, scale = self.config, generation_config.image_guidance_scale
-        num_codes = self._num_codes(input_ids, image_sizes)  # (batch,)
-        total, batch = int(num_codes.max()), len(input_ids)
+        """Draw one picture a row: prefill the prompt, feed `<img>` K times, then block after block of K codes."""
+        k, scale = generation_config.codes_per_step, generation_config.image_guidance_scale
+        grids = self._grids(input_ids, image_sizes)
         rows, mask = self._prompt_rows(input_ids, scale != 1.0, **model_kwargs)
-        positions = position_ids_of(mask)
         step_inputs = {"past_key_values": past_key_values, "use_cache": True, "vocabulary": "visual"}
-        step_inputs |= {"logits_to_keep": 1}
-        # Ranks that must stay in step call both experts, whatever their own prompts are.
-        is_text = not synced_gpus and not bool((rows >= config.image_token_offset).any())
-        self(rows, attention_mask=mask, position_ids=positions, modality="text" if is_text else None, **step_inputs)
+        self._prefill_prompt(rows, mask, synced_gpus, codes_per_step=k, logits_to_keep=1, **step_inputs)
 
-        picture = input_ids.new_full((batch, total + 2), self._pad_id(generation_config))
-        picture[:, 0] = config.image_start_token_id
-        picture.scatter_(1, num_codes[:, None] + 1, config.image_end_token_id)
-        self._stream(streamer, picture[:, 0])
+        drawing = Drawing(self.config, grids, k, self._pad_id(generation_config), device=input_ids.device)
+        context = DrawingContext(mask, k, copies=len(rows) // len(input_ids))
+        self._stream(streamer, drawing.picture[:, :k])
         scores_kept: list[torch.Tensor] = []
-        step, position = 0, positions[:, -1:]
-        while self._has_unfinished_sequences(step >= total, synced_gpus, device=input_ids.device):
-            # Rows whose picture is complete are fed `</img>` until the longest is done.
-            fed = picture[:, min(step, total)].where(step <= num_codes, config.image_end_token_id)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            position = position + 1
-            token = fed.repeat(len(rows) // batch)[:, None]
-            logits = self(token, attention_mask=mask, position_ids=position, modality="image", **step_inputs).logits
-            if step < total:
-                scores = self._code_scores(logits[:, -1], scale, input_ids, picture[:, : step + 1], logits_processor)
+        step = drawing.start(generation_config.initial_codes)
+        while self._has_unfinished_sequences(step >= drawing.num_steps, synced_gpus, device=input_ids.device):
+            inputs = context.feed(*drawing.tokens_until(step))
+            logits = self(**inputs, modality="image", logits_to_keep=k, **step_inputs).logits
+            if step < drawing.num_steps:
+                scores = self._code_scores(logits, scale, input_ids, drawing.emitted, logits_processor)
                 if generation_config.return_dict_in_generate and generation_config.output_scores:
-                    scores_kept.append(self._widen(scores))
+                    scores_kept += [self._widen(slot) for slot in scores[:, : drawing.width(step)].unbind(1)]
                 codes = pick_codes(scores, generation_config.do_sample, generation_config.generator)
-                ids = codes + config.image_token_offset
-                picture[:, step + 1] = torch.where(step < num_codes, ids, picture[:, step + 1])
-                self._stream(streamer, picture[:, step + 1])
+                self._stream(streamer, drawing.put(step, codes + self.config.image_token_offset))
             step += 1
-        self._stream(streamer, picture[:, -1])
+        self._stream(streamer, drawing.picture[:, -1:])
         if streamer is not None:
             streamer.end()
-        sequences = torch.cat([input_ids, picture], dim=1)
+        sequences = torch.cat([input_ids, drawing.picture], dim=1)
         if not generation_config.return_dict_in_generate:
             return sequences
         return GenerateDecoderOnlyOutput(
             sequences=sequences, scores=tuple(scores_kept) or None, past_key_values=past_key_values
         )
 
+    def _prefill_prompt(self, rows: torch.Tensor, mask: torch.Tensor, synced_gpus: bool, **step_inputs: Any) -> None:
+        # Ranks that must stay in step call both experts, whatever their own prompts are.
+        is_text = not synced_gpus and not bool((rows >= self.config.image_token_offset).any())
+        modality = "text" if is_text else None
+        self(rows, attention_mask=mask, position_ids=position_ids_of(mask), modality=modality, **step_inputs)
+
     @staticmethod
     def _stream(streamer, tokens: torch.Tensor) -> None:
+        """Hand over columns of tokens `(batch, columns)` one by one."""
         if streamer is not None:
-            streamer.put(tokens.cpu())
+            for column in tokens.cpu().unbind(1):
+                streamer.put(column)
 
     def _pad_id(self, generation_config: GenerationConfig) -> int:
         """Id that fills up rows with smaller pictures; a text id, so that nothing takes it for a code."""
@@ -436,16 +501,27 @@ class MarsGenerationMixin(GenerationMixin):
         drawn: torch.Tensor,
         logits_processor: LogitsProcessorList,
     ) -> torch.Tensor:
-        """Guidance, then the grammar (codes only), then the sampler's processors: scores `(batch, codebook_size)`."""
+        """
+        Guidance, then the grammar (codes only), then the sampler's processors.
+
+        Args:
+            logits (`torch.Tensor` of shape `(rows, slots, num_visual_tokens)`): Of the slots of one step.
+            drawn (`torch.LongTensor` of shape `(batch, drawn)`): What of the picture is there already.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, slots, codebook_size)`.
+        """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if scale != 1.0:
             conditional, unconditional = logits.chunk(2)
             logits = torch.lerp(unconditional, conditional, scale)
-        scores = logits[:, : self.config.codebook_size]
+        slots = logits.shape[1]
+        scores = logits[..., : self.config.codebook_size].flatten(0, 1)
         if all(isinstance(processor, VOCABULARY_BLIND) for processor in logits_processor):
-            return logits_processor(input_ids, scores)
-        widened = logits_processor(torch.cat([input_ids, drawn], dim=1), self._widen(scores))
-        return widened[:, self.config.image_token_offset :][:, : self.config.codebook_size]
+            return logits_processor(input_ids, scores).unflatten(0, (-1, slots))
+        seen = torch.cat([input_ids, drawn], dim=1).repeat_interleave(slots, dim=0)
+        widened = logits_processor(seen, self._widen(scores)).unflatten(0, (-1, slots))
+        return widened[..., self.config.image_token_offset :][..., : self.config.codebook_size]
 
     def _widen(self, scores: torch.Tensor) -> torch.Tensor:
         """Put scores of codes `(batch, codebook_size)` at their places in the whole vocabulary, -inf elsewhere."""
@@ -479,20 +555,27 @@ class MarsGenerationMixin(GenerationMixin):
             row_sizes = None if sizes is None else sizes[index // repeats]
             pictures = enumerate(self._picture_spans(row))
             rows.append(
-                [self._shape_codes(span, row_sizes and row_sizes[min(n, len(row_sizes) - 1)]) for n, span in pictures]
+                [
+                    self._shape_codes(span, k, row_sizes and row_sizes[min(n, len(row_sizes) - 1)])
+                    for n, (span, k) in pictures
+                ]
             )
         return rows
 
-    def _picture_spans(self, row: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yield the ids between each `<img>` (or run of them) and its `</img>`."""
+    def _picture_spans(self, row: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
+        """Yield the ids between each run of `<img>` and its `</img>`, and the length of the run."""
         starts = (row == self.config.image_start_token_id).nonzero().flatten().tolist()
         ends = (row == self.config.image_end_token_id).nonzero().flatten().tolist()
         for end in ends:
             if before := [start for start in starts if start < end]:
-                yield row[before[-1] + 1 : end]
+                run = 1
+                while run < len(before) and before[-run - 1] == before[-1] - run:
+                    run += 1
+                yield row[before[-1] + 1 : end], run
                 starts = [start for start in starts if start > end]
 
-    def _shape_codes(self, span: torch.Tensor, size: list[int] | None) -> torch.Tensor:
+    def _shape_codes(self, span: torch.Tensor, codes_per_step: int, size: list[int] | None) -> torch.Tensor:
+        """Lay the codes of a picture, in emission order, out as a grid."""
         codes = span - self.config.image_token_offset
         if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.config.codebook_size):
             raise ValueError("A picture of `sequences` holds ids that are no image codes.")
@@ -502,14 +585,149 @@ class MarsGenerationMixin(GenerationMixin):
         if height * width != codes.numel():
             wanted = "a square" if size is None else f"{size[0]}x{size[1]} pixels ({height * width} codes)"
             raise ValueError(f"A picture of `sequences` has {codes.numel()} codes, which do not make {wanted}.")
-        return codes.view(height, width)
+        order = emission_order(height, width, codes_per_step, self.config.code_order).to(codes.device)
+        return torch.empty_like(codes).index_copy_(0, order, codes).view(height, width)
 
 
-def pick_codes(scores: torch.Tensor, do_sample: bool, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Choose one code a row from scores `(batch, codebook_size)`: sampled, or the best one."""
+class Drawing:
+    """
+    The tokens of one picture a row while they are drawn, K a step.
+
+    `picture` `(batch, K + codes + 1)` holds `<img>` K times, the codes in emission order, `</img>`, and padding where
+    other rows have more codes.
+
+    Args:
+        config ([`MarsConfig`]): Of the model.
+        grids (`list[tuple[int, int]]`): Rows and columns of each picture, in codes.
+        codes_per_step (`int`): The paper's K.
+        pad_token_id (`int`): Fills up rows.
+        device (`torch.device`): Where the tokens live.
+    """
+
+    def __init__(
+        self,
+        config: MarsConfig,
+        grids: list[tuple[int, int]],
+        codes_per_step: int,
+        pad_token_id: int,
+        device: torch.device,
+    ):
+        num_codes = torch.tensor([height * width for height, width in grids], device=device)
+        self.k, self.end_id, self.offset = codes_per_step, config.image_end_token_id, config.image_token_offset
+        self.total = max(height * width for height, width in grids)
+        self.num_steps = -(-self.total // codes_per_step)
+        self.picture = num_codes.new_full((len(num_codes), self.k + self.total + 1), pad_token_id)
+        self.picture[:, : self.k] = config.image_start_token_id
+        ends = (num_codes + self.k)[:, None]
+        self.picture.scatter_(1, ends, self.end_id)
+        # Columns that are fed and seen: up to the end of each row's own picture.
+        self.live = torch.arange(self.picture.shape[1], device=num_codes.device) < ends
+        self.known = torch.zeros_like(self.live)  # codes that the caller gave
+        self.fed = self.emitted_columns = 0
+        self.cells: torch.Tensor | None = None
+        if config.cell_embedding:
+            place = torch.arange(self.picture.shape[1], device=num_codes.device).where(self.live, -1)
+            layout = PictureLayout(torch.zeros_like(place), place, torch.full_like(place, self.k), ends - self.k)
+            self.cells = layout.cells([[grid] for grid in grids], self.k, config.code_order)
+
+    def start(self, initial_codes: list[torch.Tensor] | None) -> int:
+        """Put given codes at the beginning of the pictures; give the first step that has something to draw."""
+        if initial_codes is None:
+            return 0
+        copies = len(self.picture) // len(initial_codes)  # several pictures of a prompt begin alike
+        for row in range(len(self.picture)):
+            codes = torch.as_tensor(initial_codes[row // copies])
+            columns = slice(self.k, self.k + len(codes))
+            self.picture[row, columns] = codes.to(self.picture) + self.offset
+            self.known[row, columns] = True
+        return min(len(codes) for codes in initial_codes) // self.k
+
+    def width(self, step: int) -> int:
+        """Number of codes of a step; less than K in the last one only."""
+        return min(self.k, self.total - step * self.k)
+
+    def tokens_until(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """
+        Give what has to be fed before step `step` can be drawn: tokens `(batch, seq)`, whether each is live, cells.
+        """
+        columns = slice(self.fed, (step + 1) * self.k)
+        self.fed = (step + 1) * self.k
+        width = columns.stop - columns.start
+        tokens, live = self.picture[:, columns], self.live[:, columns]
+        tokens = torch.where(live, tokens, self.end_id)
+        missing = width - tokens.shape[1]  # after the last step, for ranks that wait for others
+        tokens = torch.nn.functional.pad(tokens, (0, missing), value=self.end_id)
+        cells = None
+        if self.cells is not None:
+            cells = torch.nn.functional.pad(self.cells[:, columns], (0, 0, 0, missing), value=-1)
+        return tokens, torch.nn.functional.pad(live, (0, missing)), cells
+
+    def put(self, step: int, ids: torch.Tensor) -> torch.Tensor:
+        """Write the ids `(batch, K)` of a step; give its columns as they now are."""
+        columns = slice(self.k + step * self.k, self.k + step * self.k + self.width(step))
+        may_write = self.live[:, columns] & ~self.known[:, columns]
+        self.picture[:, columns] = torch.where(may_write, ids[:, : self.width(step)], self.picture[:, columns])
+        self.emitted_columns = columns.stop
+        return self.picture[:, columns]
+
+    @property
+    def emitted(self) -> torch.Tensor:
+        """What of the pictures is there already, `<img>` included."""
+        return self.picture[:, : max(self.emitted_columns, self.fed)]
+
+
+class DrawingContext:
+    """
+    Attention mask, positions and block ids of all that was fed, one call after the other.
+
+    Args:
+        mask (`torch.Tensor` of shape `(rows, seq)`): Of the prompts.
+        codes_per_step (`int`): The paper's K; 1 needs no block ids.
+        copies (`int`): 2 under guidance, where conditional rows stand over unconditional ones.
+    """
+
+    def __init__(self, mask: torch.Tensor, codes_per_step: int, copies: int):
+        self.mask, self.k, self.copies = mask, codes_per_step, copies
+        self.position = position_ids_of(mask)[:, -1:]
+        self.block_ids = torch.full_like(mask, -1, dtype=torch.long)
+
+    def feed(self, tokens: torch.Tensor, live: torch.Tensor, cells: torch.Tensor | None) -> dict[str, Any]:
+        """Give the inputs of a call that feeds tokens `(batch, seq)`, a whole number of blocks."""
+        tokens, live = tokens.repeat(self.copies, 1), live.repeat(self.copies, 1)
+        positions = self.position + live.long().cumsum(1)  # columns that are not live take no place
+        self.position = positions[:, -1:]
+        inputs: dict[str, Any] = {"input_ids": tokens, "position_ids": positions}
+        if self.k > 1:
+            numbers = self.block_ids.shape[1] + torch.arange(tokens.shape[1], device=tokens.device) // self.k
+            self.block_ids = torch.cat([self.block_ids, torch.where(live, numbers, -1)], dim=1)
+            inputs["block_ids"] = self.block_ids
+        self.mask = torch.cat([self.mask, live.to(self.mask.dtype)], dim=1)
+        if cells is not None:
+            inputs["cells"] = cells.repeat(self.copies, 1, 1)
+        return {**inputs, "attention_mask": self.mask}
+
+
+def pick_codes(
+    scores: torch.Tensor, do_sample: bool, generator: torch.Generator | list[torch.Generator] | None = None
+) -> torch.Tensor:
+    """
+    Choose one code a slot: sampled, or the best one.
+
+    Args:
+        scores (`torch.Tensor` of shape `(batch, slots, codebook_size)`): After all processors.
+        do_sample (`bool`): Sample, or take the best.
+        generator (`torch.Generator` or a list of one for each row, *optional*): Source of chance.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch, slots)`.
+    """
     if not do_sample:
         return scores.argmax(-1)
-    return torch.multinomial(scores.softmax(-1), num_samples=1, generator=generator).squeeze(1)
+    chances = scores.softmax(-1)
+    if isinstance(generator, list):
+        drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(chances, generator, strict=True)]
+        return torch.stack(drawn).squeeze(-1)
+    return torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view(scores.shape[:2])
 
 
 __all__ = ["MarsGenerationMixin"]

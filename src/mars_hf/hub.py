@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 HUB_FILES = (
+    "code_order_mars.py",
     "configuration_mars.py",
     "modeling_mars.py",
     "generation_mars.py",

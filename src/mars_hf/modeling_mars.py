@@ -33,6 +33,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .code_order_mars import PictureLayout
 from .configuration_mars import MarsConfig
 from .generation_mars import MarsGenerationMixin
 from .image_processing_mars import decode_codes, encode_pixels
@@ -209,6 +210,28 @@ class MarsDecoderLayer(GradientCheckpointingLayer):
         return residual + router.merge(parts, self.mlp, getattr(self, "visual_mlp", self.mlp))
 
 
+class CellEmbedding(nn.Module):
+    """
+    Learnt embeddings of the cells of a picture, for next-K-token prediction (ours, not in the paper).
+
+    Args:
+        max_grid_size (`int`): Largest number of rows or columns.
+        hidden_size (`int`): Width of the trunk.
+    """
+
+    def __init__(self, max_grid_size: int, hidden_size: int):
+        super().__init__()
+        for name in ("row_in", "column_in", "row_out", "column_out"):
+            self.register_parameter(name, nn.Parameter(torch.zeros(max_grid_size, hidden_size)))
+
+    def forward(self, cells: torch.Tensor) -> torch.Tensor:
+        """Sum up, for cells `(batch, seq, 4)` as [`PictureLayout.cells`] gives them, `(batch, seq, hidden)`."""
+        total: Any = 0
+        for table, index in zip(self.parameters(), cells.unbind(-1), strict=True):
+            total = total + F.embedding(index.clamp_min(0), table) * (index >= 0)[..., None]
+        return total
+
+
 class MarsPreTrainedModel(PreTrainedModel):
     """Weights, loading and freezing shared by the MARS classes."""
 
@@ -240,6 +263,9 @@ class MarsPreTrainedModel(PreTrainedModel):
                 super()._init_weights(part)
             bound = 1.0 / module.config.num_vq_embeddings
             init.uniform_(module.quantize.embedding.weight, -bound, bound)
+        elif isinstance(module, CellEmbedding):
+            for table in module.parameters():  # at the start the function is that of a model without
+                init.zeros_(table)
         else:
             super()._init_weights(module)
 
@@ -318,6 +344,8 @@ class MarsModel(MarsPreTrainedModel):
         text = config.text_config
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
         self.visual_embed_tokens = nn.Embedding(config.num_visual_tokens, text.hidden_size)
+        if config.cell_embedding:
+            self.visual_cell_embedding = CellEmbedding(config.max_grid_size, text.hidden_size)
         self.layers = nn.ModuleList([MarsDecoderLayer(config, index) for index in range(text.num_hidden_layers)])
         self.norm = Qwen2RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
         self.rotary_emb = Qwen2RotaryEmbedding(config=text)
@@ -352,6 +380,8 @@ class MarsModel(MarsPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         visual_mask: torch.Tensor | None = None,
         modality: Modality | None = None,
+        block_ids: torch.Tensor | None = None,
+        cells: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
@@ -368,6 +398,10 @@ class MarsModel(MarsPreTrainedModel):
                 `True` where a token is visual. Derived from `input_ids` if None; with `inputs_embeds`, None is text.
             modality (`str`, *optional*):
                 `"text"` or `"image"` promises that all tokens are of that modality, which saves the routing.
+            block_ids (`torch.LongTensor` of shape `(batch, past + seq)`, *optional*):
+                Tokens of one number, -1 apart, see one another whatever their order (next-K-token prediction).
+            cells (`torch.LongTensor` of shape `(batch, seq, 4)`, *optional*):
+                What [`PictureLayout.cells`] gives; only with `config.cell_embedding`.
             use_cache (`bool`, *optional*): Return keys and values.
 
         Returns:
@@ -385,6 +419,8 @@ class MarsModel(MarsPreTrainedModel):
                 f"{tuple(visual_mask.shape)}."
             )
         hidden_states = given if input_ids is None else self.embed(given, visual_mask, modality)
+        if cells is not None:
+            hidden_states = hidden_states + self.visual_cell_embedding(cells)
         shared = modality if self.config.use_visual_expert else "text"
         router = ModalityRouter(visual_mask, shared, self.config.expert_impl)
 
@@ -402,8 +438,14 @@ class MarsModel(MarsPreTrainedModel):
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
                 position_ids=position_ids,
+                block_sequence_ids=block_ids,
             )
         )
+        if block_ids is not None and "flash" in (self.config.text_config._attn_implementation or ""):
+            raise ValueError(
+                "Flash attention cannot let the tokens of a block see one another, as `codes_per_step` above 1 needs. "
+                'Load the model with `attn_implementation="sdpa"` or `"flex_attention"`.'
+            )
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer, layer_type in zip(self.layers, self.config.text_config.layer_types, strict=True):
             hidden_states = layer(
@@ -625,6 +667,32 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
             visual = F.pad(visual[..., :-padding], (0, padding), value=-torch.inf)
         return visual if vocabulary == "visual" else torch.cat([self.text_head(hidden_states), visual], dim=-1)
 
+    def _longest_run(self, codes_per_step: int | None) -> int:
+        return max(self.config.trained_codes_per_step) if codes_per_step is None else codes_per_step
+
+    def _layout(
+        self, input_ids: torch.Tensor | None, codes_per_step: int | None, past_key_values: Cache | None
+    ) -> PictureLayout | None:
+        """Find the pictures of whole rows, or give `None` where attention is causal and labels shift by one."""
+        config = self.config
+        is_continued = past_key_values is not None and past_key_values.get_seq_length() > 0
+        is_plain = self._longest_run(codes_per_step) == 1 and not config.cell_embedding
+        if input_ids is None or is_continued or is_plain:
+            return None
+        return PictureLayout.of(input_ids, config.image_token_offset, config.image_start_token_id)
+
+    def _cells(
+        self, layout: PictureLayout, image_sizes: torch.Tensor | None, codes_per_step: int | None
+    ) -> torch.Tensor | None:
+        if not self.config.cell_embedding or not bool((layout.place >= 0).any()):
+            return None
+        if image_sizes is None:
+            raise ValueError("A model with `cell_embedding` needs the `image_sizes` of the pictures in `input_ids`.")
+        factor = self.config.downsample_factor
+        sizes = torch.as_tensor(image_sizes).tolist()
+        grids = [[(h // factor, w // factor) for h, w in row if h and w] or [(1, 1)] for row in sizes]
+        return layout.cells(grids, codes_per_step or int(layout.codes_per_step.max()), self.config.code_order)
+
     @can_return_tuple
     def forward(  # type: ignore[misc]
         self,
@@ -643,6 +711,9 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         modality: Modality | None = None,
         vocabulary: Vocabulary = "all",
+        codes_per_step: int | None = None,
+        block_ids: torch.Tensor | None = None,
+        cells: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
@@ -651,10 +722,18 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
         Args:
             pixel_values (`torch.Tensor` of shape `(num, 3, height, width)` or a list of tensors, *optional*):
                 Pictures in [-1, 1] whose codes take the places that `<imgpad>` keeps in `input_ids`.
-            image_sizes, negative_input_ids, negative_attention_mask:
+            image_sizes (`torch.LongTensor` of shape `(batch, pictures, 2)`, *optional*):
+                Heights and widths in pixels; read with `config.cell_embedding` only.
+            negative_input_ids, negative_attention_mask:
                 What the processor returns for `generate`; a forward does not need them.
             labels (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
-                Targets at the place of the token itself (shifted inside), -100 where there is none.
+                Targets at the place of the token itself (shifted inside: by one, in pictures by the length of their
+                run of `<img>`), -100 where there is none.
+            codes_per_step (`int`, *optional*):
+                Longest run of `<img>` in the rows. 1 is next-token prediction. Defaults to the configuration's
+                largest; the rows may hold pictures of several lengths unless there are cell embeddings.
+            block_ids, cells:
+                See [`MarsModel.forward`]. Read off `input_ids` if None and there is no earlier token in a cache.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): Compute logits for the last so many positions.
             vocabulary (`str`, defaults to `"all"`): `"text"` or `"visual"` leaves the other head out.
 
@@ -670,6 +749,10 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
             if labels is not None:
                 labels = torch.where(labels == self.config.image_pad_token_id, filled, labels)
             input_ids = filled
+        layout = self._layout(input_ids, codes_per_step, past_key_values)
+        if layout is not None:
+            block_ids = layout.block_ids if block_ids is None and self._longest_run(codes_per_step) > 1 else block_ids
+            cells = self._cells(layout, image_sizes, codes_per_step) if cells is None else cells
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -678,6 +761,8 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
             inputs_embeds=inputs_embeds,
             visual_mask=visual_mask,
             modality=modality,
+            block_ids=block_ids,
+            cells=cells,
             use_cache=use_cache,
             **kwargs,
         )
@@ -685,6 +770,8 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
         logits = self.compute_logits(hidden_states, vocabulary)
         loss = None
         if labels is not None:
+            if layout is not None:
+                kwargs["shift_labels"] = layout.shift_labels(labels)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,

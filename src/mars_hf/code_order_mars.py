@@ -1,0 +1,223 @@
+"""
+Next-K-token prediction: the order in which the codes of a picture are emitted, K at a time, and what each token of a
+row then sees and predicts (the paper's section 3.4).
+
+The paper draws K codes a step and does not say which. Three orders are offered; in each the codes of step `t` are
+elements `t * K` to `t * K + K - 1`, and only the last step may be shorter:
+
+- `"raster"`: row by row. Neighbouring codes share a step, which is fast and coarse for K > 1.
+- `"region"`: the picture is cut into K regions, and each step takes one code of every region, so that codes of one
+  step lie far apart (as in PAR, arXiv 2412.15119). The order depends on K.
+- `"block2x2"`: squares of 2 x 2 codes, row by row: the four children of one code of half the resolution.
+
+Image codes are always stored in raster order; token ids, labels and what is drawn are in emission order.
+
+In a row, a picture is `<img>` K times, its codes, `</img>`. Start slots and codes together are cut into blocks of K.
+Inside a block every token sees every other, between blocks and outside pictures attention is causal; a token predicts
+the code K places further on. With K = 1 this is plain next-token prediction.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import isqrt
+
+import torch
+
+CODE_ORDERS = ("raster", "region", "block2x2")
+# Above this share of steps with touching codes, a region order has lost its point.
+_TOUCHING_SHARE = 0.1
+
+
+def check_code_order(height: int, width: int, codes_per_step: int, code_order: str) -> None:
+    """
+    Refuse an order that a grid of codes does not have.
+
+    Args:
+        height (`int`): Rows of the grid, in codes.
+        width (`int`): Columns of the grid, in codes.
+        codes_per_step (`int`): The paper's K.
+        code_order (`str`): `"raster"`, `"region"` or `"block2x2"`.
+
+    Raises:
+        ValueError: If the order is unknown, K is not in `[1, height * width]`, or `"block2x2"` meets an odd side or a
+            K other than 1, 2 and multiples of 4.
+    """
+    if code_order not in CODE_ORDERS:
+        raise ValueError(f"`code_order` must be one of {', '.join(CODE_ORDERS)}, got {code_order!r}.")
+    if not 1 <= codes_per_step <= height * width:
+        raise ValueError(
+            f"`codes_per_step` must be between 1 and the picture's number of codes ({height}x{width} = "
+            f"{height * width}), got {codes_per_step}."
+        )
+    if code_order == "block2x2":
+        if height % 2 or width % 2:
+            raise ValueError(
+                f"`code_order='block2x2'` needs an even number of rows and columns of codes, got {height}x{width}. "
+                "Choose sides that are multiples of twice the downsampling factor, or another order."
+            )
+        if codes_per_step not in (1, 2) and codes_per_step % 4:
+            raise ValueError(
+                f"`code_order='block2x2'` takes 1, 2 or a multiple of 4 codes a step, got {codes_per_step}."
+            )
+
+
+@lru_cache(maxsize=256)
+def emission_order(height: int, width: int, codes_per_step: int = 1, code_order: str = "raster") -> torch.LongTensor:
+    """
+    Give the raster index of each emitted code.
+
+    Args:
+        height, width, codes_per_step, code_order: See [`check_code_order`].
+
+    Returns:
+        `torch.LongTensor` of shape `(height * width,)`: A permutation; `order.argsort()` is its inverse. It is
+        cached: do not change it in place.
+
+    Raises:
+        ValueError: See [`check_code_order`].
+
+    Example:
+        >>> emission_order(2, 4, 2, "region").tolist()
+        [0, 2, 1, 3, 4, 6, 5, 7]
+    """
+    check_code_order(height, width, codes_per_step, code_order)
+    cells = [(y, x) for y in range(height) for x in range(width)]
+    if code_order == "block2x2":
+        cells.sort(key=lambda cell: (cell[0] // 2, cell[1] // 2, cell))
+    elif code_order == "region":
+        cells = _region_order(height, width, codes_per_step, cells)
+        _warn_if_steps_touch(height, width, codes_per_step, cells)
+    order = torch.tensor([y * width + x for y, x in cells])
+    return order  # type: ignore[return-value]
+
+
+def _region_order(height: int, width: int, k: int, cells: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """
+    Walk K regions in parallel. Where K does not divide the grid, the codes in region order are cut into K runs whose
+    lengths differ by one at most, so that a slot stays in its own run for the whole picture.
+    """
+    short = max(divisor for divisor in range(1, isqrt(k) + 1) if k % divisor == 0)
+    rows, columns = (short, k // short) if width >= height else (k // short, short)
+    line = sorted(cells, key=lambda cell: (cell[0] * rows // height, cell[1] * columns // width, cell))
+    length, longer = divmod(len(line), k)
+    starts = [run * length + min(run, longer) for run in range(k + 1)]
+    steps = range(length + (longer > 0))
+    return [line[starts[run] + t] for t in steps for run in range(k) if starts[run] + t < starts[run + 1]]
+
+
+def _warn_if_steps_touch(height: int, width: int, k: int, cells: list[tuple[int, int]]) -> None:
+    steps = [cells[start : start + k] for start in range(0, len(cells), k)]
+    touching = sum(
+        any(abs(a[0] - b[0]) <= 1 and abs(a[1] - b[1]) <= 1 for n, a in enumerate(step) for b in step[:n])
+        for step in steps
+    )
+    if touching > _TOUCHING_SHARE * len(steps):
+        warnings.warn(
+            f"In {touching} of {len(steps)} steps of a {height}x{width} grid, `code_order='region'` with "
+            f"`codes_per_step={k}` emits neighbouring codes at once. Take a smaller K, or sides that it divides.",
+            stacklevel=4,
+        )
+
+
+@dataclass
+class PictureLayout:
+    """
+    Where each token of a row stands in its picture. All tensors are of shape `(batch, seq)`.
+
+    Args:
+        picture (`torch.LongTensor`): Number of the picture in the row, -1 outside pictures (`</img>` is outside).
+        place (`torch.LongTensor`): Place among the picture's start slots and codes, -1 outside.
+        codes_per_step (`torch.LongTensor`): Length of the picture's run of `<img>`, 1 outside.
+        num_codes (`torch.LongTensor`): Codes that the row holds of the picture, 0 outside.
+    """
+
+    picture: torch.Tensor
+    place: torch.Tensor
+    codes_per_step: torch.Tensor
+    num_codes: torch.Tensor
+
+    @classmethod
+    def of(cls, input_ids: torch.Tensor, image_token_offset: int, image_start_token_id: int) -> "PictureLayout":
+        """
+        Read the layout off ids; nothing of it is computed on the host.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, seq)`): Rows in emission order.
+            image_token_offset (`int`): Id of code 0; codes end where `<img>` begins.
+            image_start_token_id (`int`): Id of `<img>`.
+        """
+        index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        is_start = input_ids == image_start_token_id
+        is_inner = (input_ids >= image_token_offset) & (input_ids <= image_start_token_id)
+        before = torch.nn.functional.pad(is_start[:, :-1], (1, 0))
+        begins = is_start & ~before
+        begin = torch.where(begins, index, -1).cummax(1).values
+        breaks = torch.where(is_inner, -1, index).cummax(1).values  # the last token that stands in no picture
+        inside = (begin > breaks) & (begin >= 0)
+        number = begins.long().cumsum(1)  # 1 for the first picture
+
+        def count(tokens: torch.Tensor) -> torch.Tensor:
+            totals = torch.zeros(len(input_ids), input_ids.shape[1] + 1, dtype=torch.long, device=input_ids.device)
+            return totals.scatter_add(1, number, (tokens & inside).long()).gather(1, number)
+
+        return cls(
+            picture=torch.where(inside, number - 1, -1),
+            place=torch.where(inside, index - begin, -1),
+            codes_per_step=torch.where(inside, count(is_start), 1).clamp_min(1),
+            num_codes=torch.where(inside, count(~is_start), 0),
+        )
+
+    @property
+    def block_ids(self) -> torch.Tensor:
+        """Numbers that tell the blocks of a row apart, -1 outside pictures; see `create_causal_mask`."""
+        index = torch.arange(self.place.shape[1], device=self.place.device).expand_as(self.place)
+        first = index - self.place
+        return torch.where(self.place >= 0, first + self.place // self.codes_per_step, -1)
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """Index of the token that each token predicts, -1 where it predicts none."""
+        index = torch.arange(self.place.shape[1], device=self.place.device).expand_as(self.place)
+        following = torch.where(index + 1 < self.place.shape[1], index + 1, -1)
+        is_last = self.place == self.codes_per_step + self.num_codes - 1  # what comes next is `</img>`
+        in_picture = torch.where(self.place < self.num_codes, index + self.codes_per_step, -1)
+        return torch.where(self.place >= 0, in_picture.where(~is_last, following), following)
+
+    def shift_labels(self, labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
+        """Put labels `(batch, seq)`, which stand at the place of the token itself, where they are predicted."""
+        targets = self.targets
+        return labels.gather(1, targets.clamp_min(0)).masked_fill(targets < 0, ignore_index)
+
+    def cells(self, grids: Sequence[Sequence[tuple[int, int]]], codes_per_step: int, code_order: str) -> torch.Tensor:
+        """
+        Give the cell that each token holds and the cell that it predicts.
+
+        Args:
+            grids (`list[list[tuple[int, int]]]`): For each row, rows and columns of its pictures, in codes. Pictures
+                beyond the last take its size.
+            codes_per_step (`int`): The paper's K, one for all.
+            code_order (`str`): See `emission_order`.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch, seq, 4)`: Row and column of the cell held, row and column of the cell
+            predicted; -1 where there is none.
+        """
+        device, longest = self.place.device, max(h * w for row in grids for h, w in row) + codes_per_step
+        most = max(len(row) for row in grids)
+        table = torch.full((len(grids), most, longest, 4), -1)
+        for row, sizes in enumerate(grids):
+            for number in range(most):
+                height, width = sizes[min(number, len(sizes) - 1)]
+                order = emission_order(height, width, codes_per_step, code_order)
+                cells = torch.stack([order // width, order % width], dim=-1)
+                table[row, number, codes_per_step : codes_per_step + len(order), :2] = cells
+                table[row, number, : len(order), 2:] = cells
+        table = table.to(device)
+        rows = torch.arange(len(grids), device=device)[:, None]
+        cells = table[rows, self.picture.clamp(0, most - 1), self.place.clamp(0, longest - 1)]
+        return cells.masked_fill((self.place < 0)[..., None], -1)
+
+
+__all__ = ["CODE_ORDERS", "PictureLayout", "check_code_order", "emission_order"]
