@@ -311,7 +311,7 @@ def test_pictures_come_back_as_pixels_for_every_sequence(make_model):
         ({"num_beams": 2}, "beams"),
         ({"use_cache": False}, "cache"),
         ({"max_new_tokens": 5}, "needs 18 new tokens, but only 5"),
-        ({"generation_mode": "video"}, "text, image, got 'video'"),
+        ({"generation_mode": "video"}, "text, image, interleaved, got 'video'"),
     ],
 )
 def test_impossible_requests_are_refused_before_any_forward(model, monkeypatch, kwargs, message):

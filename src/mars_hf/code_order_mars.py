@@ -190,34 +190,51 @@ class PictureLayout:
         targets = self.targets
         return labels.gather(1, targets.clamp_min(0)).masked_fill(targets < 0, ignore_index)
 
-    def cells(self, grids: Sequence[Sequence[tuple[int, int]]], codes_per_step: int, code_order: str) -> torch.Tensor:
-        """
-        Give the cell that each token holds and the cell that it predicts.
 
-        Args:
-            grids (`list[list[tuple[int, int]]]`): For each row, rows and columns of its pictures, in codes. Pictures
-                beyond the last take its size.
-            codes_per_step (`int`): The paper's K, one for all.
-            code_order (`str`): See `emission_order`.
+def cell_table(grids: Sequence[Sequence[tuple[int, int]]], codes_per_step: int, code_order: str) -> torch.LongTensor:
+    """
+    List, for each place of each picture, the cell that a token there holds and the cell that it predicts.
 
-        Returns:
-            `torch.LongTensor` of shape `(batch, seq, 4)`: Row and column of the cell held, row and column of the cell
-            predicted; -1 where there is none.
-        """
-        device, longest = self.place.device, max(h * w for row in grids for h, w in row) + codes_per_step
-        most = max(len(row) for row in grids)
-        table = torch.full((len(grids), most, longest, 4), -1)
-        for row, sizes in enumerate(grids):
-            for number in range(most):
-                height, width = sizes[min(number, len(sizes) - 1)]
-                order = emission_order(height, width, codes_per_step, code_order)
-                cells = torch.stack([order // width, order % width], dim=-1)
-                table[row, number, codes_per_step : codes_per_step + len(order), :2] = cells
-                table[row, number, : len(order), 2:] = cells
-        table = table.to(device)
-        rows = torch.arange(len(grids), device=device)[:, None]
-        cells = table[rows, self.picture.clamp(0, most - 1), self.place.clamp(0, longest - 1)]
-        return cells.masked_fill((self.place < 0)[..., None], -1)
+    Args:
+        grids (`list[list[tuple[int, int]]]`):
+            For each row, rows and columns of its pictures, in codes. Pictures beyond the last take its size.
+        codes_per_step (`int`): The paper's K, one for all.
+        code_order (`str`): See `emission_order`.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch, pictures, places, 4)`: Row and column of the cell held, row and column of
+        the cell predicted; -1 where there is none.
+    """
+    places = max(height * width for row in grids for height, width in row) + codes_per_step
+    table = torch.full((len(grids), max(map(len, grids)), places, 4), -1)
+    for row, sizes in enumerate(grids):
+        for number in range(table.shape[1]):
+            height, width = sizes[min(number, len(sizes) - 1)]
+            order = emission_order(height, width, codes_per_step, code_order)
+            cells = torch.stack([order // width, order % width], dim=-1)
+            table[row, number, codes_per_step : codes_per_step + len(order), :2] = cells
+            table[row, number, : len(order), 2:] = cells
+    return table  # type: ignore[return-value]
 
 
-__all__ = ["CODE_ORDERS", "PictureLayout", "check_code_order", "emission_order"]
+def look_up_cells(table: torch.Tensor, picture: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """
+    Give the cells `(batch, seq, 4)` of tokens.
+
+    Args:
+        table (`torch.LongTensor` of shape `(batch, pictures, places, 4)`): From `cell_table`.
+        picture, place (`torch.LongTensor` of shape `(batch, seq)`): See [`PictureLayout`]; place -1 has no cell.
+    """
+    rows = torch.arange(len(table), device=table.device)[:, None]
+    cells = table[rows, picture.clamp(0, table.shape[1] - 1), place.clamp(0, table.shape[2] - 1)]
+    return cells.masked_fill((place < 0)[..., None], -1)
+
+
+__all__ = [
+    "CODE_ORDERS",
+    "PictureLayout",
+    "cell_table",
+    "check_code_order",
+    "emission_order",
+    "look_up_cells",
+]

@@ -3,14 +3,16 @@ Decoding of MARS: `generate` with a mode, a grammar for pictures, and classifier
 
 `generation_mode="text"` is transformers' own loop over text ids (captions and plain language). `"image"` draws: after
 the prompt comes `<img>`, then exactly as many codes as the picture has cells, then `</img>`, whatever the sampler
-does. The conditional and the unconditional row of guidance run as one batch over one cache.
+does. `"interleaved"` writes text in which the model begins pictures itself. The conditional and the unconditional
+row of guidance run as one batch over one cache.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import isqrt
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from transformers.generation import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
@@ -18,6 +20,7 @@ from transformers.generation import (
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     MinPLogitsWarper,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
@@ -30,13 +33,14 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
-from .code_order_mars import PictureLayout, check_code_order, emission_order
-from .configuration_mars import MarsConfig
+from .code_order_mars import PictureLayout, cell_table, check_code_order, emission_order, look_up_cells
+from .drawing_mars import Document, Drawing, DrawingContext, pick_codes, position_ids_of
 from .image_processing_mars import check_image_size
 
 logger = logging.get_logger(__name__)
 
-GENERATION_MODES = ("text", "image")
+GENERATION_MODES = ("text", "image", "interleaved")
+IMAGE_SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "guidance_scale")
 # What the drawing loop would not honour, and therefore refuses.
 NOT_IN_IMAGE_MODE = (
     "stopping_criteria",
@@ -53,6 +57,7 @@ NOT_IN_IMAGE_MODE = (
     "output_attentions",
     "output_logits",
 )
+ALSO_IN_INTERLEAVED_MODE = ("stopping_criteria", "max_time")
 DRAWING_ARGUMENTS = (
     "height",
     "width",
@@ -63,6 +68,7 @@ DRAWING_ARGUMENTS = (
     "codes_per_step",
     "code_order",
     "initial_codes",
+    "image_kwargs",
 )
 
 # Processors that treat all entries alike: they may see the scores of the codes alone. Any other one, a user's own for
@@ -78,9 +84,19 @@ VOCABULARY_BLIND = (
 )
 
 
-def position_ids_of(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Give consecutive positions `(batch, seq)` that start at each row's first attended token."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+def code_warpers(settings: dict[str, Any]) -> LogitsProcessorList:
+    """Build the processors of code scores from the image settings of interleaved mode, as transformers orders them."""
+    warpers = LogitsProcessorList()
+    if settings.get("do_sample"):
+        if (temperature := settings.get("temperature")) not in (None, 1.0):
+            warpers.append(TemperatureLogitsWarper(temperature))
+        if top_k := settings.get("top_k"):
+            warpers.append(TopKLogitsWarper(top_k))
+        if (top_p := settings.get("top_p")) not in (None, 1.0):
+            warpers.append(TopPLogitsWarper(top_p))
+        if (min_p := settings.get("min_p")) is not None:
+            warpers.append(MinPLogitsWarper(min_p))
+    return warpers
 
 
 class OnWholeVocabulary(LogitsProcessor):
@@ -115,7 +131,7 @@ class MarsGenerationMixin(GenerationMixin):
         Args:
             inputs (`torch.LongTensor` of shape `(batch, seq)`, *optional*): The prompt, or `input_ids=`.
             generation_config ([`GenerationConfig`], *optional*): As in transformers.
-            generation_mode (`str`, defaults to `"text"`): `"text"` or `"image"`.
+            generation_mode (`str`, defaults to `"text"`): `"text"`, `"image"` or `"interleaved"`.
             image_sizes (`torch.LongTensor` of shape `(batch, pictures, 2)`, *optional*):
                 Heights and widths in pixels, as the processor returns them.
             height, width (`int`, *optional*): Fill `image_sizes`, or check it.
@@ -129,6 +145,9 @@ class MarsGenerationMixin(GenerationMixin):
             codes_per_step (`int`, *optional*):
                 Codes that one step draws (next-K-token prediction). Defaults to the configuration's first.
             code_order (`str`, *optional*): Checked against the configuration's.
+            image_kwargs (`dict`, *optional*):
+                Interleaved mode: `do_sample`, `temperature`, `top_k`, `top_p`, `min_p` and `guidance_scale` of
+                pictures, over `generation_config.image_defaults`; outside it they hold for words.
             initial_codes (`list[torch.LongTensor]`, *optional*):
                 The first codes of each prompt's picture, in emission order; the rest is drawn.
             kwargs: Everything else that transformers' `generate` takes. Image mode takes what is not given from the
@@ -156,6 +175,8 @@ class MarsGenerationMixin(GenerationMixin):
             defaults = getattr(self.generation_config, "image_defaults", None) or {}
             kwargs |= {name: value for name, value in defaults.items() if given.get(name) is None}
             kwargs = self._prepare_drawing(input_ids, generation_config, kwargs)
+        elif mode == "interleaved":
+            kwargs = self._prepare_document(input_ids, generation_config, kwargs)
         else:
             kwargs = self._prepare_writing(input_ids, kwargs)
         return super().generate(input_ids, generation_config, generation_mode=mode, **kwargs)
@@ -187,26 +208,8 @@ class MarsGenerationMixin(GenerationMixin):
         self, input_ids: torch.Tensor | None, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """Check a call of image mode before any work, and give it `image_sizes` and its length."""
-        if input_ids is None:
-            raise ValueError('`generation_mode="image"` needs `input_ids` as its prompt.')
-
-        def setting(name: str, default: Any = None) -> Any:
-            sources = (
-                kwargs.get(name),
-                *(getattr(c, name, None) for c in (generation_config, self.generation_config)),
-            )
-            return next((value for value in sources if value is not None), default)
-
-        if ignored := [name for name in NOT_IN_IMAGE_MODE if setting(name)]:
-            raise ValueError(f'`{ignored[0]}` is not possible with `generation_mode="image"`. Leave it out.')
-        has_cache = setting("use_cache", True) and setting("cache_implementation") != "paged"
-        if setting("num_beams", 1) != 1 or not has_cache:
-            raise ValueError(
-                '`generation_mode="image"` samples or is greedy, with a cache of its own: no beams, no '
-                "`use_cache=False` and no paged cache."
-            )
-        if self.training and self.is_gradient_checkpointing:
-            raise ValueError("Gradient checkpointing leaves no cache to draw with: call `model.eval()` first.")
+        setting = self._setting_reader(generation_config, kwargs)
+        input_ids = self._require_drawable("image", input_ids, setting)
         negative = self._check_guidance(setting("guidance_scale", 1.0), len(input_ids), kwargs)
         sizes = self._image_sizes(len(input_ids), kwargs.pop("height", None), kwargs.pop("width", None), kwargs)
         grids = self._grids(input_ids, sizes)
@@ -228,6 +231,69 @@ class MarsGenerationMixin(GenerationMixin):
         if asked is not None and asked < needed:
             raise ValueError(f"The picture needs {needed} new tokens, but only {asked} are allowed.")
         return {**kwargs, "image_sizes": sizes, "max_new_tokens": needed, "codes_per_step": k}
+
+    def _setting_reader(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> Callable:
+        def setting(name: str, default: Any = None) -> Any:
+            configs = (getattr(c, name, None) for c in (generation_config, self.generation_config))
+            return next((value for value in (kwargs.get(name), *configs) if value is not None), default)
+
+        return setting
+
+    def _require_drawable(self, mode: str, input_ids: torch.Tensor | None, setting: Callable) -> torch.Tensor:
+        """Refuse what the drawing loops cannot do; give the prompt."""
+        if input_ids is None:
+            raise ValueError(f'`generation_mode="{mode}"` needs `input_ids` as its prompt.')
+        refused = [name for name in NOT_IN_IMAGE_MODE if mode == "image" or name not in ALSO_IN_INTERLEAVED_MODE]
+        if ignored := [name for name in refused if setting(name)]:
+            raise ValueError(f'`{ignored[0]}` is not possible with `generation_mode="{mode}"`. Leave it out.')
+        has_cache = setting("use_cache", True) and setting("cache_implementation") != "paged"
+        if setting("num_beams", 1) != 1 or not has_cache:
+            raise ValueError(
+                f'`generation_mode="{mode}"` samples or is greedy, with a cache of its own: no beams, no '
+                "`use_cache=False` and no paged cache."
+            )
+        if self.training and self.is_gradient_checkpointing:
+            raise ValueError("Gradient checkpointing leaves no cache to draw with: call `model.eval()` first.")
+        return input_ids
+
+    def _prepare_document(
+        self, input_ids: torch.Tensor | None, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Check a call of interleaved mode before any work, and give it sizes, settings of pictures and its length."""
+        setting = self._setting_reader(generation_config, kwargs)
+        input_ids = self._require_drawable("interleaved", input_ids, setting)
+        if kwargs.pop("initial_codes", None) is not None:
+            raise ValueError('`initial_codes` belong to `generation_mode="image"`: pictures of a document begin anew.')
+        config = self.config
+        layout = PictureLayout.of(input_ids, config.image_token_offset, config.image_start_token_id)
+        if bool((layout.place[:, -1] >= 0).any()):
+            raise ValueError("A prompt ends inside a picture. Close it with `</img>`, or complete it in image mode.")
+        defaults = getattr(self.generation_config, "image_defaults", None) or {}
+        given = kwargs.pop("image_kwargs", None) or {}
+        if unknown := sorted(given.keys() - set(IMAGE_SETTINGS)):
+            raise ValueError(f"`image_kwargs` takes {', '.join(IMAGE_SETTINGS)}; it does not know `{unknown[0]}`.")
+        settings = {"do_sample": setting("do_sample", False), **defaults, **given}
+        scale = (
+            setting("guidance_scale") if kwargs.get("guidance_scale") is not None else settings.get("guidance_scale")
+        )
+        scale = 1.0 if scale is None else scale
+        self._check_guidance(scale, len(input_ids), kwargs)
+        sizes = self._image_sizes(len(input_ids), kwargs.pop("height", None), kwargs.pop("width", None), kwargs)
+        grids = [self._grids_of(row) for row in sizes.tolist()]
+        k = self._check_steps(
+            setting("codes_per_step"), setting("code_order"), [grid for row in grids for grid in row]
+        )
+        room = config.text_config.max_position_embeddings - input_ids.shape[1]
+        asked = kwargs.pop("max_new_tokens", None)
+        if (max_length := kwargs.pop("max_length", None)) is not None and asked is None:
+            asked = max_length - input_ids.shape[1]
+        if room < 1 or (asked is not None and not 1 <= asked <= room):
+            raise ValueError(
+                f"The prompt has {input_ids.shape[1]} tokens and {asked} new ones are asked for, but the context of "
+                f"{config.text_config.max_position_embeddings} leaves room for 1 to {room}."
+            )
+        steps = {"codes_per_step": k, "guidance_scale": scale, "image_settings": settings}
+        return {**kwargs, **steps, "image_sizes": sizes, "max_new_tokens": room if asked is None else asked}
 
     def _check_steps(self, codes_per_step: int | None, code_order: str | None, grids: list[tuple[int, int]]) -> int:
         """Give K; refuse a K that the pictures or the order do not have, and an order that was not trained."""
@@ -319,25 +385,29 @@ class MarsGenerationMixin(GenerationMixin):
             ValueError: If a picture has no whole number of codes.
         """
         before = (input_ids == self.config.image_end_token_id).sum(-1).clamp_max(image_sizes.shape[1] - 1)
-        factor, grids = self.config.downsample_factor, []
-        for sizes, picture in zip(image_sizes.tolist(), before.tolist(), strict=True):
-            height, width = sizes[picture]
+        rows = zip(image_sizes.tolist(), before.tolist(), strict=True)
+        return self._grids_of([sizes[picture] for sizes, picture in rows])
+
+    def _grids_of(self, sizes: list[list[int]]) -> list[tuple[int, int]]:
+        factor = self.config.downsample_factor
+        for height, width in sizes:
             check_image_size(height, width, factor)
-            grids.append((height // factor, width // factor))
-        return grids
+        return [(height // factor, width // factor) for height, width in sizes]
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any):
         mode, generator = kwargs.pop("generation_mode", "text"), kwargs.pop("generator", None)
         k, initial_codes = kwargs.pop("codes_per_step", 1), kwargs.pop("initial_codes", None)
+        image_settings = kwargs.pop("image_settings", None)
         kwargs.pop("code_order", None)  # checked: it is the configuration's
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         generation_config.generation_mode, generation_config.generator = mode, generator
         generation_config.codes_per_step, generation_config.initial_codes = k, initial_codes
+        generation_config.image_settings = image_settings
         generation_config.image_guidance_scale = 1.0
-        if mode == "image":
+        if mode != "text":
             if generation_config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
                 raise ValueError(
-                    '`generation_mode="image"` samples or is greedy, but these settings ask for '
+                    f'`generation_mode="{mode}"` samples or is greedy, but these settings ask for '
                     f"{generation_config.get_generation_mode().value}."
                 )
             # Taken from the library, which would run a second, unbatched forward for it.
@@ -349,7 +419,9 @@ class MarsGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_cache_length):
         if generation_config.image_guidance_scale != 1.0:
             batch_size *= 2
-            max_cache_length += model_kwargs["negative_input_ids"].shape[1]  # a negative prompt may be the longer
+            max_cache_length += model_kwargs["negative_input_ids"][0].numel()  # a negative prompt may be the longer
+        if generation_config.generation_mode == "interleaved":  # a row of text uses one of K columns
+            max_cache_length += (generation_config.codes_per_step - 1) * generation_config.max_new_tokens
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, mode, batch_size, max_cache_length
         )
@@ -398,6 +470,16 @@ class MarsGenerationMixin(GenerationMixin):
         streamer=None,
         **model_kwargs,
     ):
+        if generation_config.generation_mode == "interleaved":
+            return self._interleave(
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus,
+                streamer,
+                **model_kwargs,
+            )
         if generation_config.generation_mode != "image":
             return super()._sample(
                 input_ids,
@@ -453,6 +535,127 @@ class MarsGenerationMixin(GenerationMixin):
             sequences=sequences, scores=tuple(scores_kept) or None, past_key_values=past_key_values
         )
 
+    def _interleave(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool,
+        streamer,
+        past_key_values,
+        image_sizes: torch.Tensor,
+        **model_kwargs,
+    ):
+        """Write rows of text and pictures: every call appends K columns, of which a row uses what it has."""
+        config, k, scale = self.config, generation_config.codes_per_step, generation_config.image_guidance_scale
+        pad, device = self._pad_id(generation_config), input_ids.device
+        factor = config.downsample_factor
+        document = Document(
+            config,
+            ((image_sizes[..., 0] // factor) * (image_sizes[..., 1] // factor)).to(device),
+            (input_ids == config.image_end_token_id).sum(-1),
+            k,
+            generation_config.max_new_tokens,
+            pad,
+            generation_config._eos_token_tensor
+            if generation_config._eos_token_tensor is not None
+            else input_ids[:0, 0],
+        )
+        table = self._cell_table(image_sizes, k, device)
+        warpers = code_warpers(generation_config.image_settings)
+        context, logits, prefixes = self._prefill_document(input_ids, scale, k, past_key_values, **model_kwargs)
+        criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria))
+        while self._has_unfinished_sequences(bool(document.done.all()), synced_gpus, device=device):
+            written = document.compacted(input_ids, pad)
+            words = logits_processor(written, self._word_scores(logits[: len(input_ids), 0], document.may_begin))
+            token = pick_codes(words[:, None], generation_config.do_sample, generation_config.generator).squeeze(1)
+            codes = self._code_scores(
+                logits[..., config.image_token_offset :], scale, written, written[:, :0], warpers
+            )
+            codes = pick_codes(codes, generation_config.image_settings["do_sample"], generation_config.generator)
+            document.append(token, codes + config.image_token_offset)
+            document.stop(criteria(document.compacted(input_ids, pad), None))
+            live = document.live
+            if prefixes is not None:
+                context.begin_unconditional(document.begins, document.pick(prefixes))
+                live = torch.cat([live, live & document.in_picture[:, None]])
+            cells = (
+                None if table is None else look_up_cells(table, document.number[:, None].expand(-1, k), document.place)
+            )
+            inputs = context.feed(document.fed, live, cells)
+            logits = self(**inputs, past_key_values=past_key_values, use_cache=True, logits_to_keep=k).logits
+        if streamer is not None:
+            streamer.put(document.tokens.cpu())
+            streamer.end()
+        sequences = torch.cat([input_ids, document.tokens[:, : int(document.length.max())]], dim=1)
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=past_key_values)
+
+    def _word_scores(self, logits: torch.Tensor, may_begin: torch.Tensor) -> torch.Tensor:
+        """The grammar of text: words, and `<img>` in rows `(batch,)` that have room for a picture."""
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).clone()
+        start = scores[:, self.config.image_start_token_id].masked_fill(~may_begin, -torch.inf)
+        scores[:, self.config.image_token_offset :] = -torch.inf
+        scores[:, self.config.image_start_token_id] = start
+        return scores
+
+    def _cell_table(self, image_sizes: torch.Tensor, k: int, device: torch.device) -> torch.Tensor | None:
+        if not self.config.cell_embedding:
+            return None
+        factor = self.config.downsample_factor
+        grids = [[(height // factor, width // factor) for height, width in row] for row in image_sizes.tolist()]
+        return cell_table(grids, k, self.config.code_order).to(device)
+
+    def _prefill_document(
+        self,
+        input_ids: torch.Tensor,
+        scale: float,
+        k: int,
+        past_key_values,
+        attention_mask: torch.Tensor | None = None,
+        negative_input_ids: torch.Tensor | None = None,
+        negative_attention_mask: torch.Tensor | None = None,
+        **unused: Any,
+    ) -> tuple[DrawingContext, torch.Tensor, torch.Tensor | None]:
+        """
+        Feed the prompts, and under guidance the unconditional prefix of every picture, each in columns of its own.
+
+        Returns:
+            The context, the logits `(rows, 1, vocab_size)` that follow the prompts, and the masks
+            `(batch, pictures, columns)` of the prefixes.
+        """
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        inputs: dict[str, Any] = {"past_key_values": past_key_values, "use_cache": True, "logits_to_keep": 1}
+        inputs["codes_per_step"] = k
+        if scale == 1.0 or negative_input_ids is None:
+            positions = position_ids_of(attention_mask)
+            logits = self(input_ids, attention_mask=attention_mask, position_ids=positions, **inputs).logits
+            return DrawingContext(attention_mask, k, copies=1), logits, None
+        if negative_input_ids.ndim == 2:  # one size for all pictures
+            negative_input_ids = negative_input_ids[:, None]
+            negative_attention_mask = None if negative_attention_mask is None else negative_attention_mask[:, None]
+        if negative_attention_mask is None:
+            negative_attention_mask = torch.ones_like(negative_input_ids)
+        masks: list[torch.Tensor] = []
+        seen = attention_mask[:, :0]
+        first_logits: Any = None
+        for ids, own in zip(negative_input_ids.unbind(1), negative_attention_mask.unbind(1), strict=True):
+            words = input_ids if first_logits is None else torch.zeros_like(ids)
+            words_mask = attention_mask if first_logits is None else torch.zeros_like(own)
+            rows, mask = self._prompt_rows(words, True, words_mask, ids, own)
+            whole = torch.cat([torch.cat([seen, torch.zeros_like(seen)]), mask], dim=1)
+            seen = whole[: len(input_ids)]
+            positions = position_ids_of(mask)
+            logits = self(rows, attention_mask=whole, position_ids=positions, **inputs).logits
+            first_logits = logits if first_logits is None else first_logits
+            masks.append(whole[len(input_ids) :])
+        width = seen.shape[1]
+        prefixes = torch.stack([F.pad(mask, (0, width - mask.shape[1])) for mask in masks], dim=1)
+        context = DrawingContext(torch.cat([seen, torch.zeros_like(seen)]), k, copies=2)
+        return context, first_logits, prefixes
+
     def _prefill_prompt(self, rows: torch.Tensor, mask: torch.Tensor, synced_gpus: bool, **step_inputs: Any) -> None:
         # Ranks that must stay in step call both experts, whatever their own prompts are.
         is_text = not synced_gpus and not bool((rows >= self.config.image_token_offset).any())
@@ -488,7 +691,7 @@ class MarsGenerationMixin(GenerationMixin):
             negative_attention_mask = torch.ones_like(negative_input_ids)
         width = max(input_ids.shape[1], negative_input_ids.shape[1])
         ids, mask = (
-            torch.cat([torch.nn.functional.pad(part, (width - part.shape[1], 0)) for part in pair])
+            torch.cat([F.pad(part, (width - part.shape[1], 0)) for part in pair])
             for pair in ((input_ids, negative_input_ids), (attention_mask, negative_attention_mask))
         )
         return ids, mask
@@ -587,147 +790,6 @@ class MarsGenerationMixin(GenerationMixin):
             raise ValueError(f"A picture of `sequences` has {codes.numel()} codes, which do not make {wanted}.")
         order = emission_order(height, width, codes_per_step, self.config.code_order).to(codes.device)
         return torch.empty_like(codes).index_copy_(0, order, codes).view(height, width)
-
-
-class Drawing:
-    """
-    The tokens of one picture a row while they are drawn, K a step.
-
-    `picture` `(batch, K + codes + 1)` holds `<img>` K times, the codes in emission order, `</img>`, and padding where
-    other rows have more codes.
-
-    Args:
-        config ([`MarsConfig`]): Of the model.
-        grids (`list[tuple[int, int]]`): Rows and columns of each picture, in codes.
-        codes_per_step (`int`): The paper's K.
-        pad_token_id (`int`): Fills up rows.
-        device (`torch.device`): Where the tokens live.
-    """
-
-    def __init__(
-        self,
-        config: MarsConfig,
-        grids: list[tuple[int, int]],
-        codes_per_step: int,
-        pad_token_id: int,
-        device: torch.device,
-    ):
-        num_codes = torch.tensor([height * width for height, width in grids], device=device)
-        self.k, self.end_id, self.offset = codes_per_step, config.image_end_token_id, config.image_token_offset
-        self.total = max(height * width for height, width in grids)
-        self.num_steps = -(-self.total // codes_per_step)
-        self.picture = num_codes.new_full((len(num_codes), self.k + self.total + 1), pad_token_id)
-        self.picture[:, : self.k] = config.image_start_token_id
-        ends = (num_codes + self.k)[:, None]
-        self.picture.scatter_(1, ends, self.end_id)
-        # Columns that are fed and seen: up to the end of each row's own picture.
-        self.live = torch.arange(self.picture.shape[1], device=num_codes.device) < ends
-        self.known = torch.zeros_like(self.live)  # codes that the caller gave
-        self.fed = self.emitted_columns = 0
-        self.cells: torch.Tensor | None = None
-        if config.cell_embedding:
-            place = torch.arange(self.picture.shape[1], device=num_codes.device).where(self.live, -1)
-            layout = PictureLayout(torch.zeros_like(place), place, torch.full_like(place, self.k), ends - self.k)
-            self.cells = layout.cells([[grid] for grid in grids], self.k, config.code_order)
-
-    def start(self, initial_codes: list[torch.Tensor] | None) -> int:
-        """Put given codes at the beginning of the pictures; give the first step that has something to draw."""
-        if initial_codes is None:
-            return 0
-        copies = len(self.picture) // len(initial_codes)  # several pictures of a prompt begin alike
-        for row in range(len(self.picture)):
-            codes = torch.as_tensor(initial_codes[row // copies])
-            columns = slice(self.k, self.k + len(codes))
-            self.picture[row, columns] = codes.to(self.picture) + self.offset
-            self.known[row, columns] = True
-        return min(len(codes) for codes in initial_codes) // self.k
-
-    def width(self, step: int) -> int:
-        """Number of codes of a step; less than K in the last one only."""
-        return min(self.k, self.total - step * self.k)
-
-    def tokens_until(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """
-        Give what has to be fed before step `step` can be drawn: tokens `(batch, seq)`, whether each is live, cells.
-        """
-        columns = slice(self.fed, (step + 1) * self.k)
-        self.fed = (step + 1) * self.k
-        width = columns.stop - columns.start
-        tokens, live = self.picture[:, columns], self.live[:, columns]
-        tokens = torch.where(live, tokens, self.end_id)
-        missing = width - tokens.shape[1]  # after the last step, for ranks that wait for others
-        tokens = torch.nn.functional.pad(tokens, (0, missing), value=self.end_id)
-        cells = None
-        if self.cells is not None:
-            cells = torch.nn.functional.pad(self.cells[:, columns], (0, 0, 0, missing), value=-1)
-        return tokens, torch.nn.functional.pad(live, (0, missing)), cells
-
-    def put(self, step: int, ids: torch.Tensor) -> torch.Tensor:
-        """Write the ids `(batch, K)` of a step; give its columns as they now are."""
-        columns = slice(self.k + step * self.k, self.k + step * self.k + self.width(step))
-        may_write = self.live[:, columns] & ~self.known[:, columns]
-        self.picture[:, columns] = torch.where(may_write, ids[:, : self.width(step)], self.picture[:, columns])
-        self.emitted_columns = columns.stop
-        return self.picture[:, columns]
-
-    @property
-    def emitted(self) -> torch.Tensor:
-        """What of the pictures is there already, `<img>` included."""
-        return self.picture[:, : max(self.emitted_columns, self.fed)]
-
-
-class DrawingContext:
-    """
-    Attention mask, positions and block ids of all that was fed, one call after the other.
-
-    Args:
-        mask (`torch.Tensor` of shape `(rows, seq)`): Of the prompts.
-        codes_per_step (`int`): The paper's K; 1 needs no block ids.
-        copies (`int`): 2 under guidance, where conditional rows stand over unconditional ones.
-    """
-
-    def __init__(self, mask: torch.Tensor, codes_per_step: int, copies: int):
-        self.mask, self.k, self.copies = mask, codes_per_step, copies
-        self.position = position_ids_of(mask)[:, -1:]
-        self.block_ids = torch.full_like(mask, -1, dtype=torch.long)
-
-    def feed(self, tokens: torch.Tensor, live: torch.Tensor, cells: torch.Tensor | None) -> dict[str, Any]:
-        """Give the inputs of a call that feeds tokens `(batch, seq)`, a whole number of blocks."""
-        tokens, live = tokens.repeat(self.copies, 1), live.repeat(self.copies, 1)
-        positions = self.position + live.long().cumsum(1)  # columns that are not live take no place
-        self.position = positions[:, -1:]
-        inputs: dict[str, Any] = {"input_ids": tokens, "position_ids": positions}
-        if self.k > 1:
-            numbers = self.block_ids.shape[1] + torch.arange(tokens.shape[1], device=tokens.device) // self.k
-            self.block_ids = torch.cat([self.block_ids, torch.where(live, numbers, -1)], dim=1)
-            inputs["block_ids"] = self.block_ids
-        self.mask = torch.cat([self.mask, live.to(self.mask.dtype)], dim=1)
-        if cells is not None:
-            inputs["cells"] = cells.repeat(self.copies, 1, 1)
-        return {**inputs, "attention_mask": self.mask}
-
-
-def pick_codes(
-    scores: torch.Tensor, do_sample: bool, generator: torch.Generator | list[torch.Generator] | None = None
-) -> torch.Tensor:
-    """
-    Choose one code a slot: sampled, or the best one.
-
-    Args:
-        scores (`torch.Tensor` of shape `(batch, slots, codebook_size)`): After all processors.
-        do_sample (`bool`): Sample, or take the best.
-        generator (`torch.Generator` or a list of one for each row, *optional*): Source of chance.
-
-    Returns:
-        `torch.LongTensor` of shape `(batch, slots)`.
-    """
-    if not do_sample:
-        return scores.argmax(-1)
-    chances = scores.softmax(-1)
-    if isinstance(generator, list):
-        drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(chances, generator, strict=True)]
-        return torch.stack(drawn).squeeze(-1)
-    return torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view(scores.shape[:2])
 
 
 __all__ = ["MarsGenerationMixin"]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 HUB_FILES = (
     "code_order_mars.py",
     "configuration_mars.py",
+    "drawing_mars.py",
     "modeling_mars.py",
     "generation_mars.py",
     "image_processing_mars.py",

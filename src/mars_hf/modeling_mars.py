@@ -33,7 +33,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .code_order_mars import PictureLayout
+from .code_order_mars import PictureLayout, cell_table, look_up_cells
 from .configuration_mars import MarsConfig
 from .generation_mars import MarsGenerationMixin
 from .image_processing_mars import decode_codes, encode_pixels
@@ -225,7 +225,7 @@ class CellEmbedding(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.zeros(max_grid_size, hidden_size)))
 
     def forward(self, cells: torch.Tensor) -> torch.Tensor:
-        """Sum up, for cells `(batch, seq, 4)` as [`PictureLayout.cells`] gives them, `(batch, seq, hidden)`."""
+        """Sum up, for cells `(batch, seq, 4)` as `look_up_cells` gives them, `(batch, seq, hidden)`."""
         total: Any = 0
         for table, index in zip(self.parameters(), cells.unbind(-1), strict=True):
             total = total + F.embedding(index.clamp_min(0), table) * (index >= 0)[..., None]
@@ -401,7 +401,7 @@ class MarsModel(MarsPreTrainedModel):
             block_ids (`torch.LongTensor` of shape `(batch, past + seq)`, *optional*):
                 Tokens of one number, -1 apart, see one another whatever their order (next-K-token prediction).
             cells (`torch.LongTensor` of shape `(batch, seq, 4)`, *optional*):
-                What [`PictureLayout.cells`] gives; only with `config.cell_embedding`.
+                What `look_up_cells` gives; only with `config.cell_embedding`.
             use_cache (`bool`, *optional*): Return keys and values.
 
         Returns:
@@ -675,9 +675,9 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
     ) -> PictureLayout | None:
         """Find the pictures of whole rows, or give `None` where attention is causal and labels shift by one."""
         config = self.config
-        is_continued = past_key_values is not None and past_key_values.get_seq_length() > 0
-        is_plain = self._longest_run(codes_per_step) == 1 and not config.cell_embedding
-        if input_ids is None or is_continued or is_plain:
+        if input_ids is None or (self._longest_run(codes_per_step) == 1 and not config.cell_embedding):
+            return None
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
             return None
         return PictureLayout.of(input_ids, config.image_token_offset, config.image_start_token_id)
 
@@ -691,7 +691,8 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
         factor = self.config.downsample_factor
         sizes = torch.as_tensor(image_sizes).tolist()
         grids = [[(h // factor, w // factor) for h, w in row if h and w] or [(1, 1)] for row in sizes]
-        return layout.cells(grids, codes_per_step or int(layout.codes_per_step.max()), self.config.code_order)
+        table = cell_table(grids, codes_per_step or int(layout.codes_per_step.max()), self.config.code_order)
+        return look_up_cells(table.to(layout.place.device), layout.picture, layout.place)
 
     @can_return_tuple
     def forward(  # type: ignore[misc]
@@ -749,7 +750,8 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
             if labels is not None:
                 labels = torch.where(labels == self.config.image_pad_token_id, filled, labels)
             input_ids = filled
-        layout = self._layout(input_ids, codes_per_step, past_key_values)
+        is_step = past_key_values is not None and (block_ids is not None or cells is not None)  # of `generate`
+        layout = None if is_step else self._layout(input_ids, codes_per_step, past_key_values)
         if layout is not None:
             block_ids = layout.block_ids if block_ids is None and self._longest_run(codes_per_step) > 1 else block_ids
             cells = self._cells(layout, image_sizes, codes_per_step) if cells is None else cells

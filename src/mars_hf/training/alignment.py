@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, Trainer, TrainingArguments
 
 from ..data.text import caption_phrases, with_style
-from ..generation_mars import position_ids_of
+from ..drawing_mars import position_ids_of
 from ..image_processing_mars import encode_pixels
 from ..modeling_mars import MarsForConditionalGeneration, Vocabulary
 from ..processing_mars import MarsProcessor, null_prompt_ids, prompt_ids, text_ids
