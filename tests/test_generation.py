@@ -1,5 +1,7 @@
 """Decoding: the grammar, guidance and batches against loops without a cache; refusals before any work."""
 
+import math
+
 import pytest
 import torch
 from transformers import GenerationConfig, LogitsProcessor, MaxTimeCriteria
@@ -63,6 +65,28 @@ def test_guidance_equals_a_loop_without_cache(model, scale):
     ids, negative = prompt(model), null_prompt(model)
     drawn = draw(model, ids, guidance_scale=scale, negative_input_ids=negative)
     assert codes_of(model, drawn) == [greedy_loop(model, ids, 16, negative, scale)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "interval", "weight"),
+    [
+        ("linear", (0, 1), lambda p: p),
+        ("cosine", (0, 1), lambda p: (1 - math.cos(math.pi * p)) / 2),
+        ("constant", (0.25, 0.5), lambda p: float(0.25 <= p <= 0.5)),
+    ],
+)
+def test_guidance_follows_its_schedule(model, schedule, interval, weight):
+    ids, negative, offset = prompt(model), null_prompt(model), model.config.image_token_offset
+    options = {"guidance_schedule": schedule, "guidance_interval": interval, "guidance_scale": 4.0}
+    drawn = codes_of(model, draw(model, ids, negative_input_ids=negative, **options))[0]
+    tail = [model.config.image_start_token_id]
+    for place, code in enumerate(drawn):
+        with_prompt, without = (
+            model(torch.cat([row, torch.tensor([tail])], 1)).logits[0, -1] for row in (ids, negative)
+        )
+        scores = without + (1 + 3.0 * weight(place / 16)) * (with_prompt - without)
+        assert code == int(scores[offset : offset + model.config.codebook_size].argmax())
+        tail.append(code + offset)
 
 
 def test_guidance_of_one_is_no_guidance(model):
@@ -307,6 +331,8 @@ def test_pictures_come_back_as_pixels_for_every_sequence(make_model):
         ({"image_sizes": [[[8, 8]], [[8, 8]]], "height": None, "width": None}, "shape .1, pictures, 2"),
         ({"height": 400, "width": 400}, "10002.*context of 128"),
         ({"guidance_scale": -1.0}, "0 or more, got -1"),
+        ({"guidance_schedule": "steep"}, "constant, linear, cosine, got 'steep'"),
+        ({"guidance_interval": (0.5, 0.2)}, "two shares.*0.5, 0.2"),
         ({"guidance_scale": 3.0}, "negative_input_ids"),
         ({"num_beams": 2}, "beams"),
         ({"use_cache": False}, "cache"),

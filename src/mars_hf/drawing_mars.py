@@ -18,6 +18,33 @@ def position_ids_of(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
+GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
+
+
+def guidance_at(
+    scale: float, progress: torch.Tensor, schedule: str = "constant", interval: tuple[float, float] = (0.0, 1.0)
+) -> torch.Tensor:
+    """
+    Give the strength of guidance in the course of a picture.
+
+    Args:
+        scale (`float`): The full strength; 1 is none.
+        progress (`torch.Tensor`): Share of the picture that is drawn already, in [0, 1).
+        schedule (`str`, defaults to `"constant"`): `"linear"` and `"cosine"` grow from 1 to the full strength.
+        interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Shares between which there is guidance.
+
+    Returns:
+        `torch.Tensor`: Of the shape of `progress`.
+    """
+    ramp = {
+        "constant": torch.ones_like(progress),
+        "linear": progress,
+        "cosine": (1 - torch.cos(torch.pi * progress)) / 2,
+    }[schedule]
+    inside = (progress >= interval[0]) & (progress <= interval[1])
+    return torch.where(inside, 1 + (scale - 1) * ramp, 1.0)
+
+
 class Drawing:
     """
     The tokens of one picture a row while they are drawn, K a step.
@@ -52,6 +79,7 @@ class Drawing:
         # Columns that are fed and seen: up to the end of each row's own picture.
         self.live = torch.arange(self.picture.shape[1], device=num_codes.device) < ends
         self.known = torch.zeros_like(self.live)  # codes that the caller gave
+        self.num_codes = num_codes
         self.fed = self.emitted_columns = 0
         self.cells: torch.Tensor | None = None
         if config.cell_embedding:
@@ -70,6 +98,10 @@ class Drawing:
             self.picture[row, columns] = codes.to(self.picture) + self.offset
             self.known[row, columns] = True
         return min(len(codes) for codes in initial_codes) // self.k
+
+    def progress(self, step: int) -> torch.Tensor:
+        """Share `(batch,)` of each picture that is drawn before a step."""
+        return (step * self.k / self.num_codes).clamp_max(1.0)
 
     def width(self, step: int) -> int:
         """Number of codes of a step; less than K in the last one only."""
@@ -226,6 +258,11 @@ class Document:
         return self.pick(self.counts)
 
     @property
+    def progress(self) -> torch.Tensor:
+        """Share `(batch,)` of its picture that each row has drawn."""
+        return self.drawn / self.size
+
+    @property
     def draws(self) -> torch.Tensor:
         """Rows `(batch,)` whose next tokens are codes."""
         return self.in_picture & (self.drawn < self.size)
@@ -283,4 +320,12 @@ class Document:
         return rows.gather(1, index.clamp_min(0)).masked_fill(index < 0, pad_token_id)
 
 
-__all__ = ["Document", "Drawing", "DrawingContext", "pick_codes", "position_ids_of"]
+__all__ = [
+    "GUIDANCE_SCHEDULES",
+    "Document",
+    "Drawing",
+    "DrawingContext",
+    "guidance_at",
+    "pick_codes",
+    "position_ids_of",
+]

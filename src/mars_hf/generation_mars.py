@@ -34,7 +34,15 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
 from .code_order_mars import PictureLayout, cell_table, check_code_order, emission_order, look_up_cells
-from .drawing_mars import Document, Drawing, DrawingContext, pick_codes, position_ids_of
+from .drawing_mars import (
+    GUIDANCE_SCHEDULES,
+    Document,
+    Drawing,
+    DrawingContext,
+    guidance_at,
+    pick_codes,
+    position_ids_of,
+)
 from .image_processing_mars import check_image_size
 
 logger = logging.get_logger(__name__)
@@ -69,6 +77,8 @@ DRAWING_ARGUMENTS = (
     "code_order",
     "initial_codes",
     "image_kwargs",
+    "guidance_schedule",
+    "guidance_interval",
 )
 
 # Processors that treat all entries alike: they may see the scores of the codes alone. Any other one, a user's own for
@@ -138,6 +148,10 @@ class MarsGenerationMixin(GenerationMixin):
             guidance_scale (`float`, *optional*):
                 Image mode: `uncond + scale * (cond - uncond)` on the logits, before temperature, top-k and top-p.
                 1 leaves the unconditional rows out; None takes the checkpoint's default, or 1.
+            guidance_schedule (`str`, defaults to `"constant"`):
+                `"linear"` or `"cosine"`: guidance grows from none at the first code to its full strength.
+            guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`):
+                Shares of a picture between which there is guidance.
             negative_input_ids, negative_attention_mask (`torch.LongTensor` of shape `(batch, negative_seq)`):
                 The unconditional rows, as the processor returns them.
             generator (`torch.Generator` or a list of one for each returned row, *optional*):
@@ -341,6 +355,13 @@ class MarsGenerationMixin(GenerationMixin):
         """Check guidance; give its unconditional rows, or take them out of `kwargs` where the scale is 1."""
         if scale < 0:
             raise ValueError(f"`guidance_scale` must be 0 or more, got {scale}.")
+        schedule, interval = kwargs.get("guidance_schedule"), kwargs.get("guidance_interval")
+        if schedule not in (None, *GUIDANCE_SCHEDULES):
+            raise ValueError(f"`guidance_schedule` must be one of {', '.join(GUIDANCE_SCHEDULES)}, got {schedule!r}.")
+        if interval is not None and not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
+            raise ValueError(
+                f"`guidance_interval` must be two shares of a picture, 0 <= start <= end <= 1, got {interval}."
+            )
         if scale == 1.0:
             kwargs.pop("negative_input_ids", None), kwargs.pop("negative_attention_mask", None)
             return None
@@ -398,11 +419,14 @@ class MarsGenerationMixin(GenerationMixin):
         mode, generator = kwargs.pop("generation_mode", "text"), kwargs.pop("generator", None)
         k, initial_codes = kwargs.pop("codes_per_step", 1), kwargs.pop("initial_codes", None)
         image_settings = kwargs.pop("image_settings", None)
+        schedule, interval = kwargs.pop("guidance_schedule", None), kwargs.pop("guidance_interval", None)
         kwargs.pop("code_order", None)  # checked: it is the configuration's
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         generation_config.generation_mode, generation_config.generator = mode, generator
         generation_config.codes_per_step, generation_config.initial_codes = k, initial_codes
         generation_config.image_settings = image_settings
+        generation_config.guidance_schedule = schedule or "constant"
+        generation_config.guidance_interval = tuple(interval or (0.0, 1.0))
         generation_config.image_guidance_scale = 1.0
         if mode != "text":
             if generation_config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
@@ -519,7 +543,8 @@ class MarsGenerationMixin(GenerationMixin):
             inputs = context.feed(*drawing.tokens_until(step))
             logits = self(**inputs, modality="image", logits_to_keep=k, **step_inputs).logits
             if step < drawing.num_steps:
-                scores = self._code_scores(logits, scale, input_ids, drawing.emitted, logits_processor)
+                guidance = self._guidance(generation_config, drawing.progress(step))
+                scores = self._code_scores(logits, guidance, input_ids, drawing.emitted, logits_processor)
                 if generation_config.return_dict_in_generate and generation_config.output_scores:
                     scores_kept += [self._widen(slot) for slot in scores[:, : drawing.width(step)].unbind(1)]
                 codes = pick_codes(scores, generation_config.do_sample, generation_config.generator)
@@ -570,19 +595,17 @@ class MarsGenerationMixin(GenerationMixin):
             written = document.compacted(input_ids, pad)
             words = logits_processor(written, self._word_scores(logits[: len(input_ids), 0], document.may_begin))
             token = pick_codes(words[:, None], generation_config.do_sample, generation_config.generator).squeeze(1)
-            codes = self._code_scores(
-                logits[..., config.image_token_offset :], scale, written, written[:, :0], warpers
-            )
-            codes = pick_codes(codes, generation_config.image_settings["do_sample"], generation_config.generator)
+            visual = logits[..., config.image_token_offset :]
+            guidance = self._guidance(generation_config, document.progress)
+            scores = self._code_scores(visual, guidance, written, written[:, :0], warpers)
+            codes = pick_codes(scores, generation_config.image_settings["do_sample"], generation_config.generator)
             document.append(token, codes + config.image_token_offset)
             document.stop(criteria(document.compacted(input_ids, pad), None))
             live = document.live
             if prefixes is not None:
                 context.begin_unconditional(document.begins, document.pick(prefixes))
                 live = torch.cat([live, live & document.in_picture[:, None]])
-            cells = (
-                None if table is None else look_up_cells(table, document.number[:, None].expand(-1, k), document.place)
-            )
+            cells = None if table is None else look_up_cells(table, document.number[:, None], document.place)
             inputs = context.feed(document.fed, live, cells)
             logits = self(**inputs, past_key_values=past_key_values, use_cache=True, logits_to_keep=k).logits
         if streamer is not None:
@@ -699,7 +722,7 @@ class MarsGenerationMixin(GenerationMixin):
     def _code_scores(
         self,
         logits: torch.Tensor,
-        scale: float,
+        guidance: torch.Tensor | None,
         input_ids: torch.Tensor,
         drawn: torch.Tensor,
         logits_processor: LogitsProcessorList,
@@ -709,15 +732,16 @@ class MarsGenerationMixin(GenerationMixin):
 
         Args:
             logits (`torch.Tensor` of shape `(rows, slots, num_visual_tokens)`): Of the slots of one step.
+            guidance (`torch.Tensor` of shape `(batch,)`, *optional*): Its strength; `None` is none.
             drawn (`torch.LongTensor` of shape `(batch, drawn)`): What of the picture is there already.
 
         Returns:
             `torch.Tensor` of shape `(batch, slots, codebook_size)`.
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if scale != 1.0:
+        if guidance is not None:
             conditional, unconditional = logits.chunk(2)
-            logits = torch.lerp(unconditional, conditional, scale)
+            logits = torch.lerp(unconditional, conditional, guidance[:, None, None].to(logits))
         slots = logits.shape[1]
         scores = logits[..., : self.config.codebook_size].flatten(0, 1)
         if all(isinstance(processor, VOCABULARY_BLIND) for processor in logits_processor):
@@ -725,6 +749,14 @@ class MarsGenerationMixin(GenerationMixin):
         seen = torch.cat([input_ids, drawn], dim=1).repeat_interleave(slots, dim=0)
         widened = logits_processor(seen, self._widen(scores)).unflatten(0, (-1, slots))
         return widened[..., self.config.image_token_offset :][..., : self.config.codebook_size]
+
+    @staticmethod
+    def _guidance(generation_config: GenerationConfig, progress: torch.Tensor) -> torch.Tensor | None:
+        """Strength of guidance `(batch,)` at a progress `(batch,)`; `None` where there are no unconditional rows."""
+        scale = generation_config.image_guidance_scale
+        if scale == 1.0:
+            return None
+        return guidance_at(scale, progress, generation_config.guidance_schedule, generation_config.guidance_interval)
 
     def _widen(self, scores: torch.Tensor) -> torch.Tensor:
         """Put scores of codes `(batch, codebook_size)` at their places in the whole vocabulary, -inf elsewhere."""
