@@ -29,14 +29,14 @@ from mars_hf.training.text import last_checkpoint
 
 SIZE = 64
 LABEL_SPREAD = 0.1  # the codebook's rows are of length 1, nearest neighbours 0.15 apart
-IMAGE_DEFAULTS = {"guidance_scale": 3.0, "do_sample": True, "temperature": 0.7, "top_k": 50}
+IMAGE_DEFAULTS = {"guidance_scale": 3.0, "do_sample": True, "temperature": 0.1, "top_k": 100}
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--text", required=True, help="the language model and its tokenizer")
 parser.add_argument("--vqgan", required=True, help="the image tokenizer")
 parser.add_argument("--data", required=True, help="emoji data at 64 pixels")
 parser.add_argument("--out", required=True, type=Path)
-parser.add_argument("--max-steps", type=int, default=6000)
+parser.add_argument("--max-steps", type=int, default=6500)
 parser.add_argument("--batch-size", type=int, default=64)
 parser.add_argument("--compile", action="store_true", help="compile the picture's stretch (takes a C++ compiler)")
 options = parser.parse_args()

@@ -135,8 +135,6 @@ def generate(
     """Draw prompts into one picture file."""
     with _one_line_errors(debug):
         _require_writable(out)
-        if model == str(DEFAULT_CHECKPOINT) and not DEFAULT_CHECKPOINT.is_dir():
-            raise ValueError("This version carries no embedded checkpoint yet. Name one of your own with `--model`.")
         from mars_hf import MarsForConditionalGeneration, MarsPipeline, MarsProcessor, register
         from mars_hf.contact_sheet import contact_sheet
 

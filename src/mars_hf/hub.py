@@ -122,6 +122,8 @@ def emoji_facts() -> CardFacts:
         limits=(
             "It knows emoji: subjects, styles and skin tones that appear among them. Other prompts give something "
             "that looks like an emoji.",
+            "People, hands and hearts, of which the data hold many variants, come out well. Subjects with a picture "
+            "or two of their own (a cat, a rocket, most flags) are often a blot of the right colours.",
             "It was trained on square pictures of 64 pixels. Small text inside a picture is lost.",
             "Its language model is tiny and knows little beyond captions.",
         ),
