@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .modeling_mars import MarsForConditionalGeneration, MarsModel
     from .pipeline_mars import MarsPipeline
     from .processing_mars import MarsProcessor
+    from .streaming_mars import ImageIteratorStreamer, ImageStreamer
 
 __version__ = "0.1.0"
 
@@ -30,10 +31,14 @@ _HOME_OF = {
     "MarsImageProcessorPil": "image_processing_mars",
     "MarsProcessor": "processing_mars",
     "MarsPipeline": "pipeline_mars",
+    "ImageStreamer": "streaming_mars",
+    "ImageIteratorStreamer": "streaming_mars",
 }
 
 __all__ = [
     "DEFAULT_CHECKPOINT",
+    "ImageIteratorStreamer",
+    "ImageStreamer",
     "MarsConfig",
     "MarsForConditionalGeneration",
     "MarsGenerationMixin",

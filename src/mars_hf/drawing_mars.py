@@ -79,7 +79,7 @@ class Drawing:
         # Columns that are fed and seen: up to the end of each row's own picture.
         self.live = torch.arange(self.picture.shape[1], device=num_codes.device) < ends
         self.known = torch.zeros_like(self.live)  # codes that the caller gave
-        self.num_codes = num_codes
+        self.num_codes, self.pad_token_id = num_codes, pad_token_id
         self.fed = self.emitted_columns = 0
         self.cells: torch.Tensor | None = None
         if config.cell_embedding:
@@ -130,6 +130,12 @@ class Drawing:
         self.picture[:, columns] = torch.where(may_write, ids[:, : self.width(step)], self.picture[:, columns])
         self.emitted_columns = columns.stop
         return self.picture[:, columns]
+
+    def cut(self) -> None:
+        """Leave what is not drawn out: incomplete pictures end without `</img>`."""
+        columns = torch.arange(self.picture.shape[1], device=self.picture.device)
+        is_complete = (self.live.sum(1) <= self.emitted_columns)[:, None]
+        self.picture = torch.where(is_complete | (columns < self.emitted_columns), self.picture, self.pad_token_id)
 
     @property
     def emitted(self) -> torch.Tensor:

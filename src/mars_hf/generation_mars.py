@@ -44,6 +44,7 @@ from .drawing_mars import (
     position_ids_of,
 )
 from .image_processing_mars import check_image_size
+from .streaming_mars import ImageStreamer
 
 logger = logging.get_logger(__name__)
 
@@ -164,6 +165,9 @@ class MarsGenerationMixin(GenerationMixin):
                 pictures, over `generation_config.image_defaults`; outside it they hold for words.
             initial_codes (`list[torch.LongTensor]`, *optional*):
                 The first codes of each prompt's picture, in emission order; the rest is drawn.
+            streamer (`BaseStreamer`, *optional*):
+                Hears every token; an [`ImageStreamer`] shows the pictures of image mode while they are drawn, and can
+                cancel: then what is drawn so far comes back, and incomplete pictures lack their `</img>`.
             kwargs: Everything else that transformers' `generate` takes. Image mode takes what is not given from the
                 dictionary `generation_config.image_defaults` of the checkpoint, if it has one.
 
@@ -514,7 +518,11 @@ class MarsGenerationMixin(GenerationMixin):
                 streamer,
                 **model_kwargs,
             )
-        return self._draw(input_ids, logits_processor, generation_config, synced_gpus, streamer, **model_kwargs)
+        try:
+            return self._draw(input_ids, logits_processor, generation_config, synced_gpus, streamer, **model_kwargs)
+        finally:
+            if streamer is not None:
+                streamer.end()  # also when a callback raises: whoever iterates must not wait for ever
 
     def _draw(
         self,
@@ -536,9 +544,11 @@ class MarsGenerationMixin(GenerationMixin):
 
         drawing = Drawing(self.config, grids, k, self._pad_id(generation_config), device=input_ids.device)
         context = DrawingContext(mask, k, copies=len(rows) // len(input_ids))
-        self._stream(streamer, drawing.picture[:, :k])
-        scores_kept: list[torch.Tensor] = []
         step = drawing.start(generation_config.initial_codes)
+        if isinstance(streamer, ImageStreamer):
+            streamer.begin(grids, k, self.config.code_order, self.config.image_token_offset)
+        self._stream(streamer, drawing.picture[:, : k + step * k])
+        scores_kept: list[torch.Tensor] = []
         while self._has_unfinished_sequences(step >= drawing.num_steps, synced_gpus, device=input_ids.device):
             inputs = context.feed(*drawing.tokens_until(step))
             logits = self(**inputs, modality="image", logits_to_keep=k, **step_inputs).logits
@@ -550,9 +560,10 @@ class MarsGenerationMixin(GenerationMixin):
                 codes = pick_codes(scores, generation_config.do_sample, generation_config.generator)
                 self._stream(streamer, drawing.put(step, codes + self.config.image_token_offset))
             step += 1
+            if getattr(streamer, "cancelled", False):
+                drawing.cut()
+                break
         self._stream(streamer, drawing.picture[:, -1:])
-        if streamer is not None:
-            streamer.end()
         sequences = torch.cat([input_ids, drawing.picture], dim=1)
         if not generation_config.return_dict_in_generate:
             return sequences
