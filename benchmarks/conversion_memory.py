@@ -2,7 +2,7 @@
 How much memory does a conversion take? A random Qwen v1 of Qwen-7B's full shape (15 GB) is streamed to disk and made
 into a MARS (27 GB) by `mars-hf convert`; printed are the time and the peak resident memory of that command.
 
-    python benchmarks/conversion_memory.py --folder /tmp/conversion
+    python benchmarks/conversion_memory.py --folder data/conversion
 
 The folder needs 45 GB of free disk for the full shape and is emptied again. `--scale 8` divides every size by 8, for a
 look at the script itself: so small, both models fit into memory and are compared there too, which the peak then shows.

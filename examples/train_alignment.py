@@ -81,5 +81,6 @@ trainer = AlignmentTrainer(
     optimizer_cls_and_kwargs=(lambda: muon_with_adamw, {"muon_learning_rate": 6e-3, "learning_rate": 3e-3}),
 )
 trainer.train(resume_from_checkpoint=last_checkpoint(options.out))
+model.config.use_cache = model.config.text_config.use_cache = True  # Trainer turned it off
 model.save_pretrained(options.out / "final")
 processor.save_pretrained(options.out / "final")

@@ -21,6 +21,9 @@ def test_it_is_within_its_size_and_holds_no_code() -> None:
     files = list(DEFAULT_CHECKPOINT.iterdir())
     assert sum(path.stat().st_size for path in files) <= LARGEST_SIZE
     assert not [path.name for path in files if path.suffix in (".py", ".bin", ".pt", ".pkl")]
+    config = json.loads((DEFAULT_CHECKPOINT / "config.json").read_text())
+    assert "auto_map" not in config and "_name_or_path" not in config["text_config"]  # no code, no one's folders
+    assert config["use_cache"] and config["text_config"]["use_cache"]
 
 
 def test_it_computes_in_float32_from_weights_stored_in_half_the_size(pipe) -> None:

@@ -125,7 +125,7 @@ class OnWholeVocabulary(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         width = scores.shape[-1]
-        wide = torch.nn.functional.pad(scores, (0, self.vocab_size - width), value=-torch.inf)
+        wide = F.pad(scores, (0, self.vocab_size - width), value=-torch.inf)
         return self.processors(input_ids, wide)[:, :width]
 
 
@@ -166,8 +166,9 @@ class MarsGenerationMixin(GenerationMixin):
             initial_codes (`list[torch.LongTensor]`, *optional*):
                 The first codes of each prompt's picture, in emission order; the rest is drawn.
             streamer (`BaseStreamer`, *optional*):
-                Hears every token; an [`ImageStreamer`] shows the pictures of image mode while they are drawn, and can
-                cancel: then what is drawn so far comes back, and incomplete pictures lack their `</img>`.
+                Hears every token, in interleaved mode all of them at the end. An [`ImageStreamer`] shows the pictures
+                of image mode while they are drawn, and can cancel: then what is drawn so far comes back, and
+                incomplete pictures lack their `</img>`.
             kwargs: Everything else that transformers' `generate` takes. Image mode takes what is not given from the
                 dictionary `generation_config.image_defaults` of the checkpoint, if it has one.
 
@@ -243,9 +244,7 @@ class MarsGenerationMixin(GenerationMixin):
                 f"`</img>`), together more than the context of {context}. Shorten the prompt or draw a smaller "
                 "picture."
             )
-        asked = kwargs.pop("max_new_tokens", None)
-        if (max_length := kwargs.pop("max_length", None)) is not None and asked is None:
-            asked = max_length - input_ids.shape[1]
+        asked = self._asked_length(input_ids, kwargs)
         if asked is not None and asked < needed:
             raise ValueError(f"The picture needs {needed} new tokens, but only {asked} are allowed.")
         return {**kwargs, "image_sizes": sizes, "max_new_tokens": needed, "codes_per_step": k}
@@ -256,6 +255,12 @@ class MarsGenerationMixin(GenerationMixin):
             return next((value for value in (kwargs.get(name), *configs) if value is not None), default)
 
         return setting
+
+    @staticmethod
+    def _asked_length(input_ids: torch.Tensor, kwargs: dict[str, Any]) -> int | None:
+        """Take the number of new tokens that is asked for, by either name, out of `kwargs`."""
+        asked, max_length = kwargs.pop("max_new_tokens", None), kwargs.pop("max_length", None)
+        return max_length - input_ids.shape[1] if asked is None and max_length is not None else asked
 
     def _require_drawable(self, mode: str, input_ids: torch.Tensor | None, setting: Callable) -> torch.Tensor:
         """Refuse what the drawing loops cannot do; give the prompt."""
@@ -291,20 +296,15 @@ class MarsGenerationMixin(GenerationMixin):
         if unknown := sorted(given.keys() - set(IMAGE_SETTINGS)):
             raise ValueError(f"`image_kwargs` takes {', '.join(IMAGE_SETTINGS)}; it does not know `{unknown[0]}`.")
         settings = {"do_sample": setting("do_sample", False), **defaults, **given}
-        scale = (
-            setting("guidance_scale") if kwargs.get("guidance_scale") is not None else settings.get("guidance_scale")
-        )
-        scale = 1.0 if scale is None else scale
+        scale = kwargs.pop("guidance_scale", None)
+        scale = settings.get("guidance_scale", 1.0) if scale is None else scale
         self._check_guidance(scale, len(input_ids), kwargs)
         sizes = self._image_sizes(len(input_ids), kwargs.pop("height", None), kwargs.pop("width", None), kwargs)
         grids = [self._grids_of(row) for row in sizes.tolist()]
-        k = self._check_steps(
-            setting("codes_per_step"), setting("code_order"), [grid for row in grids for grid in row]
-        )
+        every = [grid for row in grids for grid in row]
+        k = self._check_steps(setting("codes_per_step"), setting("code_order"), every)
         room = config.text_config.max_position_embeddings - input_ids.shape[1]
-        asked = kwargs.pop("max_new_tokens", None)
-        if (max_length := kwargs.pop("max_length", None)) is not None and asked is None:
-            asked = max_length - input_ids.shape[1]
+        asked = self._asked_length(input_ids, kwargs)
         if room < 1 or (asked is not None and not 1 <= asked <= room):
             raise ValueError(
                 f"The prompt has {input_ids.shape[1]} tokens and {asked} new ones are asked for, but the context of "
@@ -498,17 +498,7 @@ class MarsGenerationMixin(GenerationMixin):
         streamer=None,
         **model_kwargs,
     ):
-        if generation_config.generation_mode == "interleaved":
-            return self._interleave(
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                synced_gpus,
-                streamer,
-                **model_kwargs,
-            )
-        if generation_config.generation_mode != "image":
+        if generation_config.generation_mode == "text":
             return super()._sample(
                 input_ids,
                 logits_processor,
@@ -518,8 +508,11 @@ class MarsGenerationMixin(GenerationMixin):
                 streamer,
                 **model_kwargs,
             )
+        shared = (generation_config, synced_gpus, streamer)
         try:
-            return self._draw(input_ids, logits_processor, generation_config, synced_gpus, streamer, **model_kwargs)
+            if generation_config.generation_mode == "image":
+                return self._draw(input_ids, logits_processor, *shared, **model_kwargs)
+            return self._interleave(input_ids, logits_processor, stopping_criteria, *shared, **model_kwargs)
         finally:
             if streamer is not None:
                 streamer.end()  # also when a callback raises: whoever iterates must not wait for ever
@@ -585,25 +578,17 @@ class MarsGenerationMixin(GenerationMixin):
     ):
         """Write rows of text and pictures: every call appends K columns, of which a row uses what it has."""
         config, k, scale = self.config, generation_config.codes_per_step, generation_config.image_guidance_scale
-        pad, device = self._pad_id(generation_config), input_ids.device
-        factor = config.downsample_factor
-        document = Document(
-            config,
-            ((image_sizes[..., 0] // factor) * (image_sizes[..., 1] // factor)).to(device),
-            (input_ids == config.image_end_token_id).sum(-1),
-            k,
-            generation_config.max_new_tokens,
-            pad,
-            generation_config._eos_token_tensor
-            if generation_config._eos_token_tensor is not None
-            else input_ids[:0, 0],
-        )
+        pad, device, ends = self._pad_id(generation_config), input_ids.device, generation_config._eos_token_tensor
+        counts = (image_sizes // config.downsample_factor).prod(-1).to(device)  # (batch, pictures)
+        number = (input_ids == config.image_end_token_id).sum(-1)
+        ends = input_ids[:0, 0] if ends is None else ends
+        document = Document(config, counts, number, k, generation_config.max_new_tokens, pad, ends)
         table = self._cell_table(image_sizes, k, device)
         warpers = code_warpers(generation_config.image_settings)
         context, logits, prefixes = self._prefill_document(input_ids, scale, k, past_key_values, **model_kwargs)
         criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria))
+        written = document.compacted(input_ids, pad)
         while self._has_unfinished_sequences(bool(document.done.all()), synced_gpus, device=device):
-            written = document.compacted(input_ids, pad)
             words = logits_processor(written, self._word_scores(logits[: len(input_ids), 0], document.may_begin))
             token = pick_codes(words[:, None], generation_config.do_sample, generation_config.generator).squeeze(1)
             visual = logits[..., config.image_token_offset :]
@@ -611,7 +596,8 @@ class MarsGenerationMixin(GenerationMixin):
             scores = self._code_scores(visual, guidance, written, written[:, :0], warpers)
             codes = pick_codes(scores, generation_config.image_settings["do_sample"], generation_config.generator)
             document.append(token, codes + config.image_token_offset)
-            document.stop(criteria(document.compacted(input_ids, pad), None))
+            written = document.compacted(input_ids, pad)
+            document.stop(criteria(written, None))
             live = document.live
             if prefixes is not None:
                 context.begin_unconditional(document.begins, document.pick(prefixes))
@@ -621,7 +607,6 @@ class MarsGenerationMixin(GenerationMixin):
             logits = self(**inputs, past_key_values=past_key_values, use_cache=True, logits_to_keep=k).logits
         if streamer is not None:
             streamer.put(document.tokens.cpu())
-            streamer.end()
         sequences = torch.cat([input_ids, document.tokens[:, : int(document.length.max())]], dim=1)
         if not generation_config.return_dict_in_generate:
             return sequences
@@ -638,8 +623,7 @@ class MarsGenerationMixin(GenerationMixin):
     def _cell_table(self, image_sizes: torch.Tensor, k: int, device: torch.device) -> torch.Tensor | None:
         if not self.config.cell_embedding:
             return None
-        factor = self.config.downsample_factor
-        grids = [[(height // factor, width // factor) for height, width in row] for row in image_sizes.tolist()]
+        grids = [self._grids_of(row) for row in image_sizes.tolist()]
         return cell_table(grids, k, self.config.code_order).to(device)
 
     def _prefill_document(

@@ -518,7 +518,9 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
         if text_model.get_output_embeddings() is None:
             raise ValueError(f"`text_model` must be a causal language model, got {type(text_model).__name__}.")
         vq_config = None if vq_model is None else {k: v for k, v in vq_model.config.items() if not k.startswith("_")}
-        text_config = type(text_model.config).from_dict(text_model.config.to_dict())
+        fields = text_model.config.to_dict()
+        fields.pop("_name_or_path", None)  # where the language model lay; nothing that a MARS should carry about
+        text_config = type(text_model.config).from_dict(fields)
         config = MarsConfig(text_config=text_config, vq_config=vq_config, **config_kwargs)
         config._attn_implementation = text_model.config._attn_implementation
         model = cls(config).to(device=text_model.device, dtype=text_model.dtype)

@@ -69,9 +69,11 @@ def muon_with_adamw(
         learning_rate (`float`): Of AdamW (beta2 0.95).
         weight_decay (`float`, defaults to 0.1): Of the matrices; nothing else decays.
     """
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    matrices = [p for name, p in trainable.items() if p.ndim == 2 and "layers" in name.split(".")]
-    others = [p for name, p in trainable.items() if not (p.ndim == 2 and "layers" in name.split("."))]
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (matrices if parameter.ndim == 2 and "layers" in name.split(".") else others).append(parameter)
     return ChainedOptimizer(
         torch.optim.Muon(matrices, lr=muon_learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
