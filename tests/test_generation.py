@@ -367,3 +367,23 @@ def test_ids_out_of_range_are_refused(model, bad, mode):
     ids[0, 2] = bad
     with pytest.raises(ValueError, match=f"got .*{bad}"):
         model.generate(ids, generation_mode=mode, max_new_tokens=20)
+
+
+@pytest.mark.parametrize("slice_size", [1, 2, 16])
+def test_pictures_decoded_in_slices_are_those_decoded_at_once(make_model, slice_size):
+    model = make_model()
+    model.vqgan.double()
+    sizes = torch.tensor([[[8, 16]], [[8, 8]]])
+    drawn = model.generate(
+        prompt(model, rows=2), generation_mode="image", image_sizes=sizes, num_return_sequences=3, do_sample=True
+    )
+    calls = []
+    model.vqgan.decoder.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    whole = model.decode_image_tokens(drawn, sizes, slice_size=None)
+    assert calls == [3, 3]
+    calls.clear()
+    sliced = model.decode_image_tokens(drawn, sizes, slice_size=slice_size)
+    assert max(calls) <= slice_size and sum(calls) == 6
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(sliced, whole, strict=True))
+    with pytest.raises(ValueError, match="slice_size.*got 0"):
+        model.decode_image_tokens(drawn, sizes, slice_size=0)

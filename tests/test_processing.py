@@ -116,6 +116,13 @@ def test_a_bare_text_tokenizer_is_refused(text_tokenizer):
         MarsProcessor(_pil(size=4), text_tokenizer)
 
 
+def test_the_order_of_codes_is_the_configurations(text_tokenizer, config, processor):
+    fields = {"codebook_size": 32, "downsample_factor": 2, "default_image_size": 4, "cell_embedding": True}
+    other = MarsConfig(text_config=config.text_config, code_order="block2x2", **fields)
+    assert MarsProcessor.from_text_tokenizer(text_tokenizer, other).code_order == "block2x2"
+    assert processor.code_order == "raster"
+
+
 @pytest.mark.parametrize("typed", TYPED_SPECIALS)
 def test_specials_typed_by_a_user_stay_text(coding_processor, typed):
     processor = coding_processor
@@ -461,11 +468,11 @@ def test_pictures_of_two_sizes_are_coded_as_each_alone(vqgan):
 
 
 def test_saved_and_loaded_processor_is_the_same(coding_processor, tmp_path):
-    coding_processor.max_image_size = 64
+    coding_processor.max_image_size, coding_processor.code_order = 64, "region"
     coding_processor.save_pretrained(tmp_path)
     loaded = MarsProcessor.from_pretrained(tmp_path)
     assert loaded.image_tokenizer is None and not list(tmp_path.glob("*.safetensors"))
-    assert (loaded.max_image_size, loaded.downsample_factor) == (64, 2)
+    assert (loaded.max_image_size, loaded.downsample_factor, loaded.code_order) == (64, 2, "region")
     assert loaded.chat_template == coding_processor.chat_template
     assert loaded.tokenizer.padding_side == "left" and loaded.tokenizer.model_max_length == 200
     coding_processor.image_tokenizer = None

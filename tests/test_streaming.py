@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from transformers.generation import BaseStreamer
 
 from mars_hf import ImageIteratorStreamer, ImageStreamer
 from mars_hf.image_processing_mars import decode_codes
@@ -95,3 +96,69 @@ def test_no_row_between_two_previews_is_refused(model):
 def test_a_progress_bar_counts_codes(model, capsys):
     draw(model, ImageStreamer(model.vqgan, None, progress=True))
     assert "16/16" in capsys.readouterr().err
+
+
+# ---- documents
+
+
+@pytest.fixture
+def writer(make_model):
+    """A model that begins pictures often."""
+    model = make_model()
+    with torch.no_grad():
+        model.vision_head.weight[model.config.image_start_token_id - model.config.image_token_offset] *= 4
+    return model
+
+
+def write(model, streamer, rows=2, **kwargs):
+    ids = torch.tensor([[5, 6, 7], [9, 8, 7]])[:rows]
+    sizes = torch.tensor([[[8, 12], [8, 8]], [[12, 8], [8, 16]]])[:rows]
+    options = {"generation_mode": "interleaved", "do_sample": False, "image_sizes": sizes, "max_new_tokens": 40}
+    return model.generate(ids, streamer=streamer, **{**options, **kwargs})
+
+
+class Listener(BaseStreamer):
+    def __init__(self):
+        self.heard, self.ended = [], False
+
+    def put(self, value):
+        self.heard.append(value)
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_tokens_of_a_document_are_heard_as_they_come(writer, k):
+    listener = Listener()
+    written = write(writer, listener, rows=1, codes_per_step=k)
+    assert torch.cat([value.flatten() for value in listener.heard]).tolist() == written[0].tolist()
+    assert listener.ended and len(listener.heard) > 1
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_previews_of_a_document_show_each_rows_latest_picture(writer, k):
+    seen = []
+    written = write(writer, ImageStreamer(writer.vqgan, seen.append), codes_per_step=k)
+    assert torch.equal(written, write(writer, None, codes_per_step=k))
+    pictures = writer.collect_image_codes(written, torch.tensor([[[8, 12], [8, 8]], [[12, 8], [8, 16]]]))
+    shown = {(row, number) for preview in seen for row, number in enumerate(preview.picture)}
+    assert {(0, 0), (1, 0)} <= shown and len(shown) > 2  # first and later pictures of both rows
+    for preview in seen:
+        for row, pixels in enumerate(preview.pixels):
+            number, count = preview.picture[row], preview.num_codes[row]
+            assert (pixels is None) == (count == 0) and count <= preview.total_codes[row]
+            if pixels is not None and number < len(pictures[row]):
+                codes = pictures[row][number]
+                assert preview.total_codes[row] == codes.numel()
+                known = torch.arange(codes.numel()).view(codes.shape) < count
+                expected = decode_codes(writer.vqgan, [fill_missing(codes, known)])[0]
+                assert torch.allclose(pixels, expected, atol=1e-5)
+
+
+def test_a_document_is_cancelled_in_a_picture_and_marked_by_its_missing_end(writer):
+    cancelled = write(writer, ImageStreamer(writer.vqgan, lambda preview: False))[1:]
+    whole = write(writer, None)[1:]
+    assert cancelled.shape[1] < whole.shape[1] and torch.equal(cancelled, whole[:, : cancelled.shape[1]])
+    assert cancelled[0, -1] >= writer.config.image_token_offset
+    assert writer.collect_image_codes(cancelled, [[[12, 8]]]) == [[]]

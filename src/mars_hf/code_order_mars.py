@@ -15,13 +15,17 @@ Image codes are always stored in raster order; token ids, labels and what is dra
 In a row, a picture is `<img>` K times, its codes, `</img>`. Start slots and codes together are cut into blocks of K.
 Inside a block every token sees every other, between blocks and outside pictures attention is causal; a token predicts
 the code K places further on. With K = 1 this is plain next-token prediction.
+
+[`PictureTokens`] finds pictures in finished rows and reads their codes, for the model and for the processor.
 """
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isqrt
+from typing import Any, NamedTuple
 
 import torch
 
@@ -91,6 +95,26 @@ def emission_order(height: int, width: int, codes_per_step: int = 1, code_order:
         _warn_if_steps_touch(height, width, codes_per_step, cells)
     order = torch.tensor([y * width + x for y, x in cells])
     return order  # type: ignore[return-value]
+
+
+def to_emission_order(codes: torch.Tensor, codes_per_step: int = 1, code_order: str = "raster") -> torch.Tensor:
+    """
+    Line the codes of a picture `(height, width)` up as they are emitted; see [`check_code_order`].
+
+    Example:
+        >>> to_emission_order(torch.arange(8).view(2, 4), 2, "region").tolist()
+        [0, 2, 1, 3, 4, 6, 5, 7]
+    """
+    height, width = codes.shape
+    return codes.flatten()[emission_order(height, width, codes_per_step, code_order).to(codes.device)]
+
+
+def to_raster_order(
+    codes: torch.Tensor, height: int, width: int, codes_per_step: int = 1, code_order: str = "raster"
+) -> torch.Tensor:
+    """Lay emitted codes `(height * width,)` out as `(height, width)`: the inverse of [`to_emission_order`]."""
+    order = emission_order(height, width, codes_per_step, code_order).to(codes.device)
+    return torch.empty_like(codes).index_copy_(0, order, codes).view(height, width)
 
 
 def _region_order(height: int, width: int, k: int, cells: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -230,11 +254,164 @@ def look_up_cells(table: torch.Tensor, picture: torch.Tensor, place: torch.Tenso
     return cells.masked_fill((place < 0)[..., None], -1)
 
 
+def sizes_by_row(image_sizes: Any) -> list[list[tuple[int, int]]]:
+    """
+    Read sizes of pictures, row by row.
+
+    Args:
+        image_sizes (`torch.LongTensor` of shape `(batch, pictures, 2)` or `(batch, 2)`, or such lists):
+            Heights and widths in pixels. Zeros fill rows up and are skipped; as lists, rows may differ in length.
+
+    Returns:
+        `list[list[tuple[int, int]]]`: `(height, width)` of the pictures of each row.
+
+    Raises:
+        ValueError: If these are no pairs of numbers.
+    """
+    rows = [torch.as_tensor(row) for row in image_sizes]
+    for row in rows:
+        if row.ndim not in (1, 2) or row.shape[-1] != 2:
+            raise ValueError(
+                "`image_sizes` must hold, for each row, the height and width of its pictures: shape (batch, pictures, "
+                f"2), got {tuple(row.shape)} for a row."
+            )
+    return [[tuple(size) for size in row.reshape(-1, 2).tolist() if any(size)] for row in rows]
+
+
+class PictureSpan(NamedTuple):
+    """
+    Columns of a complete picture in a row.
+
+    Args:
+        start (`int`): Of the first `<img>`.
+        first (`int`): Of the first code; there are as many `<img>` before it as codes in a step.
+        end (`int`): Of `</img>`.
+    """
+
+    start: int
+    first: int
+    end: int
+
+
+# A row as letters, one for each token: s is `<img>`, e is `</img>`. A picture that lacks its end is none.
+_PICTURE_PATTERN = re.compile("(s+)([^se]*)e")
+
+
+@dataclass(frozen=True)
+class PictureTokens:
+    """
+    How pictures are written as tokens: what the model knows from its configuration and the processor from its
+    tokenizer.
+
+    Args:
+        image_token_offset (`int`): Id of code 0; codes end where `<img>` begins.
+        image_start_token_id (`int`): Id of `<img>`.
+        image_end_token_id (`int`): Id of `</img>`.
+        downsample_factor (`int`): Side in pixels of the square that one code stands for.
+        code_order (`str`, defaults to `"raster"`): See [`emission_order`].
+    """
+
+    image_token_offset: int
+    image_start_token_id: int
+    image_end_token_id: int
+    downsample_factor: int
+    code_order: str = "raster"
+
+    def find(self, row: torch.Tensor) -> list[PictureSpan]:
+        """
+        Find the complete pictures of a row `(seq,)` of ids. One that lacks its `</img>` is left out.
+
+        Raises:
+            ValueError: If anything but codes stands in a picture.
+        """
+        letters = {self.image_start_token_id: "s", self.image_end_token_id: "e"}
+        ids = row.tolist()
+        matches = _PICTURE_PATTERN.finditer("".join(letters.get(token, ".") for token in ids))
+        spans = [PictureSpan(match.start(), match.start(2), match.end(2)) for match in matches]
+        for span in spans:
+            for column in range(span.first, span.end):
+                if not self.image_token_offset <= ids[column] < self.image_start_token_id:
+                    raise ValueError(
+                        f"The picture in columns {span.start} to {span.end} of a row holds id {ids[column]} in column "
+                        f"{column}, which is no image code: codes are ids {self.image_token_offset} to "
+                        f"{self.image_start_token_id - 1}."
+                    )
+        return spans
+
+    def read(self, row: torch.Tensor, span: PictureSpan, size: tuple[int, int] | None = None) -> torch.Tensor:
+        """
+        Read the codes of a picture.
+
+        Args:
+            row (`torch.LongTensor` of shape `(seq,)`): Ids.
+            span ([`PictureSpan`]): Where the picture stands, see [`~PictureTokens.find`].
+            size (`tuple[int, int]`, *optional*): Height and width in pixels. If None, the picture is square.
+
+        Returns:
+            `torch.LongTensor` of shape `(height / f, width / f)`.
+
+        Raises:
+            ValueError: If the number of codes does not fit the size, or codes and K not the order.
+        """
+        codes = row[span.first : span.end] - self.image_token_offset
+        if size is None:
+            height = width = isqrt(len(codes))
+            wanted = "a square"
+        else:
+            height, width = (side // self.downsample_factor for side in size)
+            wanted = f"{size[0]}x{size[1]} pixels ({height * width} codes)"
+        if not len(codes) or height * width != len(codes):
+            raise ValueError(
+                f"The picture in columns {span.start} to {span.end} of a row has {len(codes)} codes, which do not "
+                f"make {wanted}. Give the `image_sizes` that it was drawn with."
+            )
+        return to_raster_order(codes, height, width, span.first - span.start, self.code_order)
+
+    def collect(self, sequences: Sequence[torch.Tensor] | torch.Tensor, image_sizes: Any = None) -> list[list[Any]]:
+        """
+        Read the codes of every complete picture.
+
+        Args:
+            sequences (`torch.LongTensor` of shape `(num, seq)`, or a list of rows): As `generate` returns them.
+            image_sizes (`torch.LongTensor` of shape `(batch, pictures, 2)`, *optional*):
+                See [`sizes_by_row`]; `num` may be a multiple of `batch`. A row's n-th picture has its n-th size, later
+                ones the last. If None, pictures are square.
+
+        Returns:
+            `list[list[torch.LongTensor]]`: For each row, the codes `(height / f, width / f)` of each of its pictures.
+
+        Raises:
+            ValueError: If rows cannot share the sizes, a picture has no size, or its codes do not fit it.
+        """
+        sizes = None if image_sizes is None else sizes_by_row(image_sizes)
+        if sizes is not None and (not sizes or len(sequences) % len(sizes)):
+            raise ValueError(f"{len(sequences)} sequences cannot share {len(sizes)} rows of `image_sizes`.")
+        repeats = 1 if sizes is None else len(sequences) // len(sizes)
+        return [
+            [
+                self.read(row, span, None if sizes is None else _nth_size(sizes[index // repeats], n))
+                for n, span in enumerate(self.find(row))
+            ]
+            for index, row in enumerate(sequences)
+        ]
+
+
+def _nth_size(sizes: list[tuple[int, int]], number: int) -> tuple[int, int]:
+    if not sizes:
+        raise ValueError("A row holds a picture, but its `image_sizes` are all zero: give the size of every picture.")
+    return sizes[min(number, len(sizes) - 1)]
+
+
 __all__ = [
     "CODE_ORDERS",
     "PictureLayout",
+    "PictureSpan",
+    "PictureTokens",
     "cell_table",
     "check_code_order",
     "emission_order",
     "look_up_cells",
+    "sizes_by_row",
+    "to_emission_order",
+    "to_raster_order",
 ]

@@ -45,6 +45,45 @@ def guidance_at(
     return torch.where(inside, 1 + (scale - 1) * ramp, 1.0)
 
 
+def guided(conditional: torch.Tensor, unconditional: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+    """
+    Lead logits away from the unconditional ones; where infinities of both would make no number, the conditional holds.
+    """
+    mixed = torch.lerp(unconditional, conditional, strength)
+    is_undefined = mixed.isnan() & ~(conditional.isnan() | unconditional.isnan())
+    return torch.where(is_undefined, conditional, mixed)
+
+
+class Faults:
+    """
+    Remembers on the device where scores were no numbers, so that no step has to wait for the answer.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(batch, seq)`): Prompts.
+    """
+
+    def __init__(self, input_ids: torch.Tensor):
+        self.step = torch.full_like(input_ids[:, 0], -1)
+        self.present = 0  # number of the step that is being made
+
+    def look(self, scores: torch.Tensor) -> None:
+        """Look at scores `(batch, ...)` of the present step."""
+        is_bad = scores.flatten(1).isnan().any(1)
+        self.step = torch.where(is_bad & (self.step < 0), self.present, self.step)
+
+    def refuse(self) -> None:
+        """
+        Raises:
+            RuntimeError: If any score was NaN, with its row and step.
+        """
+        for row, step in enumerate(self.step.tolist()):
+            if step >= 0:
+                raise RuntimeError(
+                    f"The scores of row {row} were not a number (NaN) in step {step}. Look at the weights "
+                    "(overflow in float16? a training that diverged?) and at your own logits processors."
+                )
+
+
 class Drawing:
     """
     The tokens of one picture a row while they are drawn, K a step.
@@ -197,6 +236,8 @@ def pick_codes(
     """
     Choose one code a slot: sampled, or the best one.
 
+    Scores that are all -inf, or some +inf, stand for equal chances of all that have the highest score.
+
     Args:
         scores (`torch.Tensor` of shape `(batch, slots, codebook_size)`): After all processors.
         do_sample (`bool`): Sample, or take the best.
@@ -207,7 +248,9 @@ def pick_codes(
     """
     if not do_sample:
         return scores.argmax(-1)
-    chances = scores.softmax(-1)
+    highest = scores.amax(-1, keepdim=True)
+    equal = torch.zeros_like(scores).masked_fill(scores < highest, -torch.inf)  # all zeros where there are NaNs
+    chances = torch.where(highest.isfinite(), scores, equal).softmax(-1)
     if isinstance(generator, list):
         drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(chances, generator, strict=True)]
         return torch.stack(drawn).squeeze(-1)
@@ -331,7 +374,9 @@ __all__ = [
     "Document",
     "Drawing",
     "DrawingContext",
+    "Faults",
     "guidance_at",
+    "guided",
     "pick_codes",
     "position_ids_of",
 ]

@@ -7,8 +7,7 @@ does. `"interleaved"` writes text in which the model begins pictures itself. The
 row of guidance run as one batch over one cache.
 """
 
-from collections.abc import Callable, Iterator
-from math import isqrt
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,13 +32,15 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
-from .code_order_mars import PictureLayout, cell_table, check_code_order, emission_order, look_up_cells
+from .code_order_mars import PictureLayout, PictureTokens, cell_table, check_code_order, look_up_cells
 from .drawing_mars import (
     GUIDANCE_SCHEDULES,
     Document,
     Drawing,
     DrawingContext,
+    Faults,
     guidance_at,
+    guided,
     pick_codes,
     position_ids_of,
 )
@@ -49,6 +50,7 @@ from .streaming_mars import ImageStreamer
 logger = logging.get_logger(__name__)
 
 GENERATION_MODES = ("text", "image", "interleaved")
+CACHE_LENGTH_MULTIPLE = 256  # of static caches
 IMAGE_SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "guidance_scale")
 # What the drawing loop would not honour, and therefore refuses.
 NOT_IN_IMAGE_MODE = (
@@ -166,9 +168,9 @@ class MarsGenerationMixin(GenerationMixin):
             initial_codes (`list[torch.LongTensor]`, *optional*):
                 The first codes of each prompt's picture, in emission order; the rest is drawn.
             streamer (`BaseStreamer`, *optional*):
-                Hears every token, in interleaved mode all of them at the end. An [`ImageStreamer`] shows the pictures
-                of image mode while they are drawn, and can cancel: then what is drawn so far comes back, and
-                incomplete pictures lack their `</img>`.
+                Hears the tokens of all rows as they come, padding where a row has none. An [`ImageStreamer`] shows
+                pictures while they are drawn, and can cancel: then what is there so far comes back, and incomplete
+                pictures lack their `</img>`.
             kwargs: Everything else that transformers' `generate` takes. Image mode takes what is not given from the
                 dictionary `generation_config.image_defaults` of the checkpoint, if it has one.
 
@@ -180,6 +182,8 @@ class MarsGenerationMixin(GenerationMixin):
         Raises:
             ValueError: If sizes are impossible or contradict each other, the context is too short for the picture,
                 or an option does not exist in the mode.
+            RuntimeError: If scores are NaN, with their row and step. Infinite scores are defined, see [`pick_codes`]:
+                no logits lead out of the codebook.
         """
         configs = (generation_config, self.generation_config)
         mode = kwargs.pop("generation_mode", None)
@@ -450,6 +454,8 @@ class MarsGenerationMixin(GenerationMixin):
             max_cache_length += model_kwargs["negative_input_ids"][0].numel()  # a negative prompt may be the longer
         if generation_config.generation_mode == "interleaved":  # a row of text uses one of K columns
             max_cache_length += (generation_config.codes_per_step - 1) * generation_config.max_new_tokens
+        if generation_config.generation_mode != "text":  # prompts of like length share a compilation
+            max_cache_length = -(-max_cache_length // CACHE_LENGTH_MULTIPLE) * CACHE_LENGTH_MULTIPLE
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, mode, batch_size, max_cache_length
         )
@@ -539,23 +545,27 @@ class MarsGenerationMixin(GenerationMixin):
         context = DrawingContext(mask, k, copies=len(rows) // len(input_ids))
         step = drawing.start(generation_config.initial_codes)
         if isinstance(streamer, ImageStreamer):
-            streamer.begin(grids, k, self.config.code_order, self.config.image_token_offset)
+            before = (input_ids == self.config.image_end_token_id).sum(1).tolist()
+            streamer.begin([[grid] for grid in grids], before, k, self.config)
         self._stream(streamer, drawing.picture[:, : k + step * k])
         scores_kept: list[torch.Tensor] = []
+        faults = Faults(input_ids)
+        call = self._step_call(generation_config, **step_inputs)
         while self._has_unfinished_sequences(step >= drawing.num_steps, synced_gpus, device=input_ids.device):
-            inputs = context.feed(*drawing.tokens_until(step))
-            logits = self(**inputs, modality="image", logits_to_keep=k, **step_inputs).logits
+            logits = call(**context.feed(*drawing.tokens_until(step)), modality="image", logits_to_keep=k).logits
             if step < drawing.num_steps:
                 guidance = self._guidance(generation_config, drawing.progress(step))
                 scores = self._code_scores(logits, guidance, input_ids, drawing.emitted, logits_processor)
+                faults.look(scores)
                 if generation_config.return_dict_in_generate and generation_config.output_scores:
                     scores_kept += [self._widen(slot) for slot in scores[:, : drawing.width(step)].unbind(1)]
                 codes = pick_codes(scores, generation_config.do_sample, generation_config.generator)
                 self._stream(streamer, drawing.put(step, codes + self.config.image_token_offset))
-            step += 1
+            step = faults.present = step + 1
             if getattr(streamer, "cancelled", False):
                 drawing.cut()
                 break
+        faults.refuse()
         self._stream(streamer, drawing.picture[:, -1:])
         sequences = torch.cat([input_ids, drawing.picture], dim=1)
         if not generation_config.return_dict_in_generate:
@@ -587,30 +597,87 @@ class MarsGenerationMixin(GenerationMixin):
         warpers = code_warpers(generation_config.image_settings)
         context, logits, prefixes = self._prefill_document(input_ids, scale, k, past_key_values, **model_kwargs)
         criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria))
-        written = document.compacted(input_ids, pad)
-        while self._has_unfinished_sequences(bool(document.done.all()), synced_gpus, device=device):
-            words = logits_processor(written, self._word_scores(logits[: len(input_ids), 0], document.may_begin))
-            token = pick_codes(words[:, None], generation_config.do_sample, generation_config.generator).squeeze(1)
-            visual = logits[..., config.image_token_offset :]
+        written, faults = document.compacted(input_ids, pad), Faults(input_ids)
+        if isinstance(streamer, ImageStreamer):
+            streamer.begin([self._grids_of(row) for row in image_sizes.tolist()], number.tolist(), k, config)
+        call = self._step_call(generation_config, past_key_values=past_key_values, use_cache=True)
+        is_done = only_codes = False
+        while self._has_unfinished_sequences(is_done, synced_gpus, device=device):
+            words = None if only_codes else logits[: len(input_ids), 0]
+            if words is not None:
+                words = logits_processor(written, self._word_scores(words, document.may_begin))
+                faults.look(words)
+            token = self._pick_words(words, written, generation_config)
+            visual = logits if only_codes else logits[..., config.image_token_offset :]
             guidance = self._guidance(generation_config, document.progress)
             scores = self._code_scores(visual, guidance, written, written[:, :0], warpers)
+            faults.look(scores)
             codes = pick_codes(scores, generation_config.image_settings["do_sample"], generation_config.generator)
             document.append(token, codes + config.image_token_offset)
+            faults.present += 1
             written = document.compacted(input_ids, pad)
             document.stop(criteria(written, None))
+            self._stream_new(streamer, document, pad)
+            if getattr(streamer, "cancelled", False):
+                break
             live = document.live
             if prefixes is not None:
                 context.begin_unconditional(document.begins, document.pick(prefixes))
                 live = torch.cat([live, live & document.in_picture[:, None]])
             cells = None if table is None else look_up_cells(table, document.number[:, None], document.place)
-            inputs = context.feed(document.fed, live, cells)
-            logits = self(**inputs, past_key_values=past_key_values, use_cache=True, logits_to_keep=k).logits
-        if streamer is not None:
-            streamer.put(document.tokens.cpu())
+            # The one wait for the device: whether rows go on, and whether one of them may go on with a word.
+            is_done, only_codes = torch.stack([document.done, document.done | document.draws]).all(1).tolist()
+            if is_done and not synced_gpus:
+                break
+            head = {"vocabulary": "visual" if only_codes else "all", "logits_to_keep": k}
+            logits = call(**context.feed(document.fed, live, cells), **head).logits
+        faults.refuse()
         sequences = torch.cat([input_ids, document.tokens[:, : int(document.length.max())]], dim=1)
         if not generation_config.return_dict_in_generate:
             return sequences
         return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=past_key_values)
+
+    def _pick_words(
+        self, scores: torch.Tensor | None, written: torch.Tensor, generation_config: GenerationConfig
+    ) -> torch.Tensor:
+        """Choose what rows `(batch,)` that stand in their text go on with; anything if no row does (`None`)."""
+        do_sample, generator = generation_config.do_sample, generation_config.generator
+        if scores is None:
+            if not (do_sample and isinstance(generator, list)):
+                return written[:, -1]
+            # A row's chance must not depend on what other rows are doing: it throws its dice all the same.
+            scores = torch.zeros(len(written), self.config.vocab_size, device=written.device)
+        return pick_codes(scores[:, None], do_sample, generator).squeeze(1)
+
+    def _step_call(self, generation_config: GenerationConfig, **step_inputs: Any) -> Callable:
+        """
+        Give the forward of decoding steps: compiled where the library would compile its own, that is with a static
+        cache on an accelerator, or anywhere if `CompileConfig` says so.
+
+        Masks are made outside of it, in one shape for all steps.
+        """
+        cache = step_inputs["past_key_values"]
+        is_compiled = self._valid_auto_compile_criteria({"past_key_values": cache}, generation_config)
+        compiled = self.get_compiled_call(generation_config.compile_config) if is_compiled else self.__call__
+
+        def call(**inputs: Any):
+            if not cache.is_compileable:
+                return self(**inputs, **step_inputs)
+            rows, width = inputs["input_ids"].shape
+            masks = self.model.masks(
+                inputs_embeds=torch.empty(rows, width, 0, dtype=self.dtype, device=self.device),
+                attention_mask=inputs.pop("attention_mask"),
+                past_key_values=cache,
+                position_ids=inputs["position_ids"],
+                block_sequence_ids=inputs.pop("block_ids", None),
+            )
+            inputs["attention_mask"] = {
+                kind: mask if mask is None else mask.contiguous() for kind, mask in masks.items()
+            }
+            is_one_step = width == generation_config.codes_per_step  # a given beginning comes as several at once
+            return (compiled if is_one_step else self)(**inputs, **step_inputs)
+
+        return call
 
     def _word_scores(self, logits: torch.Tensor, may_begin: torch.Tensor) -> torch.Tensor:
         """The grammar of text: words, and `<img>` in rows `(batch,)` that have room for a picture."""
@@ -687,6 +754,12 @@ class MarsGenerationMixin(GenerationMixin):
             for column in tokens.cpu().unbind(1):
                 streamer.put(column)
 
+    def _stream_new(self, streamer, document: Document, pad: int) -> None:
+        """Hand over what the rows of a document got in the step just made."""
+        if streamer is not None:
+            columns = torch.where(document.live, document.fed, pad)[:, document.live.any(0)]
+            self._stream(streamer, columns)
+
     def _pad_id(self, generation_config: GenerationConfig) -> int:
         """Id that fills up rows with smaller pictures; a text id, so that nothing takes it for a code."""
         pad = generation_config._pad_token_tensor
@@ -736,7 +809,7 @@ class MarsGenerationMixin(GenerationMixin):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if guidance is not None:
             conditional, unconditional = logits.chunk(2)
-            logits = torch.lerp(unconditional, conditional, guidance[:, None, None].to(logits))
+            logits = guided(conditional, unconditional, guidance[:, None, None].to(logits))
         slots = logits.shape[1]
         scores = logits[..., : self.config.codebook_size].flatten(0, 1)
         if all(isinstance(processor, VOCABULARY_BLIND) for processor in logits_processor):
@@ -776,47 +849,9 @@ class MarsGenerationMixin(GenerationMixin):
         Raises:
             ValueError: If a picture's codes do not fit its size, or anything but codes stands in a picture.
         """
-        sizes = None if image_sizes is None else torch.as_tensor(image_sizes).tolist()
-        if sizes is not None and len(sequences) % len(sizes):
-            raise ValueError(f"{len(sequences)} sequences cannot share {len(sizes)} rows of `image_sizes`.")
-        repeats = 1 if sizes is None else len(sequences) // len(sizes)
-        rows = []
-        for index, row in enumerate(sequences):
-            row_sizes = None if sizes is None else sizes[index // repeats]
-            pictures = enumerate(self._picture_spans(row))
-            rows.append(
-                [
-                    self._shape_codes(span, k, row_sizes and row_sizes[min(n, len(row_sizes) - 1)])
-                    for n, (span, k) in pictures
-                ]
-            )
-        return rows
-
-    def _picture_spans(self, row: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
-        """Yield the ids between each run of `<img>` and its `</img>`, and the length of the run."""
-        starts = (row == self.config.image_start_token_id).nonzero().flatten().tolist()
-        ends = (row == self.config.image_end_token_id).nonzero().flatten().tolist()
-        for end in ends:
-            if before := [start for start in starts if start < end]:
-                run = 1
-                while run < len(before) and before[-run - 1] == before[-1] - run:
-                    run += 1
-                yield row[before[-1] + 1 : end], run
-                starts = [start for start in starts if start > end]
-
-    def _shape_codes(self, span: torch.Tensor, codes_per_step: int, size: list[int] | None) -> torch.Tensor:
-        """Lay the codes of a picture, in emission order, out as a grid."""
-        codes = span - self.config.image_token_offset
-        if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.config.codebook_size):
-            raise ValueError("A picture of `sequences` holds ids that are no image codes.")
-        factor = self.config.downsample_factor
-        side = isqrt(codes.numel())
-        height, width = (side, side) if size is None else (size[0] // factor, size[1] // factor)
-        if height * width != codes.numel():
-            wanted = "a square" if size is None else f"{size[0]}x{size[1]} pixels ({height * width} codes)"
-            raise ValueError(f"A picture of `sequences` has {codes.numel()} codes, which do not make {wanted}.")
-        order = emission_order(height, width, codes_per_step, self.config.code_order).to(codes.device)
-        return torch.empty_like(codes).index_copy_(0, order, codes).view(height, width)
+        config = self.config
+        ids = (config.image_token_offset, config.image_start_token_id, config.image_end_token_id)
+        return PictureTokens(*ids, config.downsample_factor, config.code_order).collect(sequences, image_sizes)
 
 
 __all__ = ["MarsGenerationMixin"]

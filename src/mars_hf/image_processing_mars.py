@@ -382,11 +382,18 @@ else:
     MarsImageProcessor = MarsImageProcessorPil  # type: ignore[misc]
 
 
-def _positions_by_shape(tensors: Sequence[torch.Tensor] | torch.Tensor) -> list[list[int]]:
+def _positions_by_shape(
+    tensors: Sequence[torch.Tensor] | torch.Tensor, slice_size: int | None = None
+) -> list[list[int]]:
+    """Group positions of tensors of one shape, at most `slice_size` in a group."""
     groups: dict[torch.Size, list[int]] = {}
     for position, tensor in enumerate(tensors):
         groups.setdefault(tensor.shape, []).append(position)
-    return list(groups.values())
+    return [
+        group[start : start + (slice_size or len(group))]
+        for group in groups.values()
+        for start in range(0, len(group), slice_size or len(group))
+    ]
 
 
 def _without_autocast(vqgan: "VQModel") -> torch.autocast:
@@ -419,19 +426,27 @@ def encode_pixels(vqgan: "VQModel", pixel_values: torch.Tensor | Sequence[torch.
 
 
 @torch.no_grad()
-def decode_codes(vqgan: "VQModel", codes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def decode_codes(vqgan: "VQModel", codes: Sequence[torch.Tensor], slice_size: int | None = None) -> list[torch.Tensor]:
     """
     Turn image codes into pictures. Pictures of one size share a call; none is padded.
 
     Args:
         vqgan (`diffusers.VQModel`): The image tokenizer.
         codes (`list[torch.LongTensor]`): For each picture its codes `(height / f, width / f)`.
+        slice_size (`int`, *optional*):
+            Most pictures of a call: what the VQ-GAN holds in memory grows with it, and not with `len(codes)`. It
+            changes no picture. `None` sets no limit.
 
     Returns:
         `list[torch.Tensor]`: For each picture its pixels `(3, height, width)`, about [-1, 1].
+
+    Raises:
+        ValueError: If `slice_size` is below 1.
     """
+    if slice_size is not None and slice_size < 1:
+        raise ValueError(f"`slice_size` must be 1 picture or more, or None, got {slice_size}.")
     pictures: dict[int, torch.Tensor] = {}
-    for positions in _positions_by_shape(codes):
+    for positions in _positions_by_shape(codes, slice_size):
         indices = torch.stack([codes[i] for i in positions]).long().to(vqgan.device)  # (pictures, height, width)
         latents = vqgan.quantize.get_codebook_entry(
             cast(torch.LongTensor, indices), (*indices.shape, vqgan.quantize.vq_embed_dim)

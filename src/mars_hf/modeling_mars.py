@@ -33,7 +33,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .code_order_mars import PictureLayout, cell_table, look_up_cells
+from .code_order_mars import PictureLayout, cell_table, look_up_cells, to_emission_order
 from .configuration_mars import MarsConfig
 from .generation_mars import MarsGenerationMixin
 from .image_processing_mars import decode_codes, encode_pixels
@@ -362,7 +362,8 @@ class MarsModel(MarsPreTrainedModel):
         text = self.embed_tokens(input_ids.masked_fill(visual_mask, 0))
         return torch.where(visual_mask[..., None], self.visual_embed_tokens(visual_ids.clamp_min(0)), text)
 
-    def _masks(self, **kwargs: Any) -> dict[str, torch.Tensor | None]:
+    def masks(self, **kwargs: Any) -> dict[str, torch.Tensor | None]:
+        """Make the masks of each type of layer; for the arguments see the library's `create_causal_mask`."""
         text = self.config.text_config
         masks = {"full_attention": create_causal_mask(config=text, **kwargs)}
         if "sliding_attention" in text.layer_types:
@@ -433,7 +434,7 @@ class MarsModel(MarsPreTrainedModel):
         masks = (
             attention_mask  # `generate` may have prepared them
             if isinstance(attention_mask, dict)
-            else self._masks(
+            else self.masks(
                 inputs_embeds=hidden_states,
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
@@ -605,7 +606,10 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
 
     @torch.no_grad()
     def decode_image_tokens(
-        self, sequences: torch.Tensor, image_sizes: torch.Tensor | list | None = None
+        self,
+        sequences: torch.Tensor,
+        image_sizes: torch.Tensor | list | None = None,
+        slice_size: int | None = 16,
     ) -> list[torch.Tensor]:
         """
         Turn every complete picture of generated sequences into pixels.
@@ -615,6 +619,8 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
             image_sizes (`torch.LongTensor` of shape `(batch, pictures, 2)`, *optional*):
                 Heights and widths in pixels. `num` may be a multiple of `batch`. A row's n-th picture has its n-th
                 size, later ones the last. If None, pictures are square.
+            slice_size (`int`, *optional*, defaults to 16):
+                Most pictures that the VQ-GAN decodes at once, which bounds its memory; see [`decode_codes`].
 
         Returns:
             `list[torch.Tensor]`: One `(3, height, width)` in [-1, 1] for each `<img> .. </img>`, row after row.
@@ -623,28 +629,33 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
             ValueError: If a picture's number of codes does not fit its size.
         """
         codes = [picture for row in self.collect_image_codes(sequences, image_sizes) for picture in row]
-        return decode_codes(self._require_vqgan(), codes)
+        return decode_codes(self._require_vqgan(), codes, slice_size)
 
     def fill_image_codes(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor | list[torch.Tensor]
     ) -> torch.Tensor:
         """
-        Replace every `<imgpad>` by the codes of the pictures, in order.
+        Replace every `<imgpad>` by the codes of the pictures, in order; within each in emission order.
 
         Raises:
             ValueError: If there are more or fewer pictures than runs of `<imgpad>`, or one does not fit its run.
         """
-        pictures = [picture.flatten() for picture in self.encode_image(pixel_values)]
+        grids = self.encode_image(pixel_values)
         places = input_ids == self.config.image_pad_token_id
         starts = places & ~F.pad(places, (1, 0))[:, :-1]
         runs = torch.bincount(starts.flatten().cumsum(0)[places.flatten()], minlength=1)[1:].tolist()
-        if runs != [len(picture) for picture in pictures]:
+        if runs != [grid.numel() for grid in grids]:
             raise ValueError(
-                f"`pixel_values` hold pictures of {[len(picture) for picture in pictures]} codes, but `input_ids` "
+                f"`pixel_values` hold pictures of {[grid.numel() for grid in grids]} codes, but `input_ids` "
                 f"leave runs of {runs} places (`<imgpad>`). Give both as one call of the processor returned them."
             )
-        codes = torch.cat(pictures).to(input_ids.device)
-        return input_ids.masked_scatter(places, codes + self.config.image_token_offset)
+        # K is the length of the run of `<img>` before the codes; without one they stand as for K = 1.
+        columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        others = torch.where(input_ids == self.config.image_start_token_id, -1, columns).cummax(1).values
+        copies = (columns - 1 - F.pad(others, (1, -1), value=-1))[starts].clamp_min(1).tolist()
+        order = self.config.code_order
+        codes = torch.cat([to_emission_order(grid, k, order) for grid, k in zip(grids, copies, strict=True)])
+        return input_ids.masked_scatter(places, codes.to(input_ids.device) + self.config.image_token_offset)
 
     def _check_ids(self, input_ids: torch.Tensor) -> None:
         low, high = int(input_ids.min()), int(input_ids.max())
@@ -753,7 +764,11 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
                 labels = torch.where(labels == self.config.image_pad_token_id, filled, labels)
             input_ids = filled
         is_step = past_key_values is not None and (block_ids is not None or cells is not None)  # of `generate`
-        layout = None if is_step else self._layout(input_ids, codes_per_step, past_key_values)
+        layout = (
+            None
+            if is_step or isinstance(attention_mask, dict)
+            else self._layout(input_ids, codes_per_step, past_key_values)
+        )
         if layout is not None:
             block_ids = layout.block_ids if block_ids is None and self._longest_run(codes_per_step) > 1 else block_ids
             cells = self._cells(layout, image_sizes, codes_per_step) if cells is None else cells

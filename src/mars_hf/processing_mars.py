@@ -2,9 +2,9 @@
 Text and pictures to ids and pixels, and back: everything that MARS's prompts are made of stands in this file.
 
 Reading order: `text_ids`, `prompt_ids` and `null_prompt_ids` write single prompts; `MarsProcessor` extends a Qwen
-tokenizer by the visual vocabulary, lays out prompts for drawing and for reading pictures, chats and training rows, and
-turns what the model gives back into text and pictures. Pixels are `image_processing_mars.py`'s, codes into
-embeddings the model's.
+tokenizer by the visual vocabulary, lays out prompts for drawing, for documents and for reading pictures, chats and
+training rows, and turns what the model gives back into text and pictures. Pixels are `image_processing_mars.py`'s, the
+order of codes `code_order_mars.py`'s, codes into embeddings the model's.
 
 Inside a row, pieces of text are lists of ids and pictures are `Picture`s until all sizes are known. A piece that came
 from a user is tokenised with special tokens switched off, whatever it says; only pieces that this file or a chat
@@ -14,7 +14,8 @@ template wrote can hold special ids.
 import copy
 import re
 from collections.abc import Iterator, Sequence
-from itertools import zip_longest
+from itertools import chain, compress, zip_longest
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -23,6 +24,14 @@ from PIL import Image
 from transformers import AddedToken, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 
+from .code_order_mars import (
+    CODE_ORDERS,
+    PictureSpan,
+    PictureTokens,
+    check_code_order,
+    sizes_by_row,
+    to_emission_order,
+)
 from .configuration_mars import SPECIAL_TOKENS, MarsConfig
 from .image_processing_mars import (
     MarsImageProcessor,
@@ -40,7 +49,6 @@ Task = Literal["text-to-image", "captioning"]
 
 END_OF_TEXT = "<|endoftext|>"
 IGNORED_LABEL = -100
-NUM_PICTURE_BRACKETS = 2  # `<img>` and `</img>`
 
 # Stand for a user's text while a chat template is rendered: characters of Unicode's private use area.
 USER_TEXT = "\ue000{}\ue001"
@@ -74,6 +82,7 @@ class Picture(NamedTuple):
 
 
 Row = list[list[int] | Picture]
+Size = tuple[int, int]  # height and width in pixels
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -169,6 +178,8 @@ class MarsProcessor(ProcessorMixin):
         tokenizer (`Qwen2Tokenizer`): As [`extend_tokenizer`] returns it.
         chat_template (`str`, *optional*): Jinja template of conversations; `None` takes a Qwen-like one.
         max_image_size (`int`, defaults to 4096): Largest side in pixels of a picture that may be asked for.
+        code_order (`str`, defaults to `"raster"`):
+            Order in which the model emits codes, `config.code_order`; saved with the processor.
 
     Example:
         >>> inputs = processor("a red apple", height=64, width=64)
@@ -176,6 +187,12 @@ class MarsProcessor(ProcessorMixin):
 
         >>> inputs = processor(images="apple.png")  # asks for a caption
         >>> sequences = model.generate(**inputs, generation_mode="text")
+
+        >>> inputs = processor("How to draw", image_sizes=[[[64, 64], [64, 96]]], generation_mode="interleaved")
+        >>> sequences = model.generate(**inputs, generation_mode="interleaved")
+        >>> pixels = model.decode_image_tokens(sequences, inputs["image_sizes"])
+        >>> processor.post_process_multimodal_output(sequences, generation_mode="interleaved", pixel_values=pixels)
+        [['How to draw an apple: a circle', <PIL.Image.Image ...>, ', then a leaf', <PIL.Image.Image ...>]]
     """
 
     valid_processor_kwargs = MarsProcessorKwargs  # type: ignore[assignment]
@@ -191,9 +208,13 @@ class MarsProcessor(ProcessorMixin):
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None = None,
         max_image_size: int = 4096,
+        code_order: str = "raster",
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        if code_order not in CODE_ORDERS:
+            raise ValueError(f"`code_order` must be one of {', '.join(CODE_ORDERS)}, got {code_order!r}.")
         self.max_image_size = max_image_size
+        self.code_order = code_order
         self.image_token_id = _id_of(tokenizer, self.image_token)
         self.image_start_token_id = _id_of(tokenizer, "<img>")
         self.image_end_token_id = _id_of(tokenizer, "</img>")
@@ -209,7 +230,7 @@ class MarsProcessor(ProcessorMixin):
 
         Args:
             tokenizer (`Qwen2Tokenizer`): The language model's own; not changed.
-            config ([`MarsConfig`]): Sizes of the vocabulary and of pictures.
+            config ([`MarsConfig`]): Sizes of the vocabulary and of pictures, and the order of codes.
             kwargs: Further arguments of [`MarsProcessor`].
 
         Returns:
@@ -223,7 +244,7 @@ class MarsProcessor(ProcessorMixin):
                 size={"height": config.default_image_size, "width": config.default_image_size},
                 downsample_factor=config.downsample_factor,
             )
-        return cls(tokenizer=extend_tokenizer(tokenizer, config), **kwargs)
+        return cls(tokenizer=extend_tokenizer(tokenizer, config), code_order=config.code_order, **kwargs)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
@@ -244,6 +265,11 @@ class MarsProcessor(ProcessorMixin):
         return self.image_processor.downsample_factor
 
     @property
+    def _picture_tokens(self) -> PictureTokens:
+        ids = (self.image_token_offset, self.image_start_token_id, self.image_end_token_id)
+        return PictureTokens(*ids, self.downsample_factor, self.code_order)
+
+    @property
     def model_input_names(self) -> list[str]:
         names = self.tokenizer.model_input_names + self.image_processor.model_input_names
         return [*names, "negative_input_ids", "negative_attention_mask"]
@@ -259,15 +285,20 @@ class MarsProcessor(ProcessorMixin):
         task: Task | None = None,
         return_labels: bool | None = None,
         drop_caption: bool | Sequence[bool] | None = None,
+        codes_per_step: int | None = None,
+        generation_mode: str | None = None,
         **kwargs: Unpack[MarsProcessorKwargs],
     ) -> BatchFeature:
         r"""
-        Prepare prompts for drawing, for reading pictures, for plain text, or rows for training.
+        Prepare prompts for drawing, for documents, for reading pictures, for plain text, or rows for training.
 
         - **Drawing**: a size and no `images`. A row is `"{text} {height}x{width}"`, without `<img>`.
+        - **Documents**: `generation_mode="interleaved"` and sizes of the pictures to come. Rows are those of reading
+          or plain text: the model begins pictures itself, so that no size stands in the text.
         - **Reading**: `images`. In `text` each `<imgpad>` is a picture's place. A row with one picture and no
           `<imgpad>`, or without text, asks for a caption: the picture, a line end, the text. A row may also be a
-          list of texts and pictures; such rows bring their own pictures.
+          list of texts and pictures; such rows bring their own pictures. What
+          [`~MarsProcessor.post_process_multimodal_output`] makes of a document is such a list.
         - **Plain text**: neither.
         - **Training**: `task` and `return_labels=True`, with one picture for each caption.
 
@@ -278,16 +309,21 @@ class MarsProcessor(ProcessorMixin):
             images (picture, `list` or `list[list]`, *optional*):
                 What `open_picture` takes. A flat list is dealt out in order, a nested one holds a list for each row.
             height (`int` or `list[int]`, *optional*):
-                In pixels, for all rows or row by row. With `images` (one number then) they are brought to it.
+                In pixels, for all rows or row by row. In reading (one number then) pictures are brought to it.
             width (`int` or `list[int]`, *optional*): In pixels; goes with `height`.
             negative_prompt (`str` or `list[str]`, *optional*):
                 What guidance leads away from, for all rows or row by row. `None` stands for `<null>`.
-            image_sizes (`torch.LongTensor` of shape `(batch, 1, 2)`, *optional*):
-                Another way to give `height` and `width`.
+            image_sizes (`torch.LongTensor` of shape `(batch, pictures, 2)` or `(batch, 2)`, or lists, *optional*):
+                Another way to give `height` and `width`. A document may have several pictures a row, later ones take
+                the last size; pictures of the prompt are not counted.
             task (`str`, *optional*): `"text-to-image"` or `"captioning"`.
             return_labels (`bool`, *optional*): Return `labels`; needs `task`.
             drop_caption (`bool` or `list[bool]`, *optional*):
                 In text-to-image training, replace the caption by `<null>`, for all rows or row by row.
+            codes_per_step (`int`, *optional*):
+                Copies of `<img>` before a picture (next-K-token prediction), 1 if not given. Pass what the model is
+                trained for (one of `config.trained_codes_per_step`) and what `generate` gets.
+            generation_mode (`str`, *optional*): `"interleaved"` for a document; else the arguments tell.
             kwargs: Of the tokenizer (`padding`, `max_length`, `return_tensors`, ...) and the image processor.
 
         Returns:
@@ -295,8 +331,9 @@ class MarsProcessor(ProcessorMixin):
 
             - **input_ids**, **attention_mask** of shape `(batch, seq)`.
             - **image_sizes** `(batch, pictures, 2)`: heights and widths in pixels; rows with fewer pictures than
-              others end in zeros.
-            - **negative_input_ids**, **negative_attention_mask** `(batch, negative_seq)`: the unconditional prompts.
+              others end in zeros. In a document the prompt's own pictures come first, and rows end in their last size.
+            - **negative_input_ids**, **negative_attention_mask** `(batch, negative_seq)`: the unconditional prompts;
+              in a document `(batch, pictures, negative_seq)`, `<null> {height}x{width}` for each picture.
             - **pixel_values** `(num, 3, height, width)`, or a list of `(3, height, width)` if sizes differ: all
               pictures of all rows, in order. Not returned with an `image_tokenizer`.
             - **labels** `(batch, seq)`: -100 where nothing is to be learnt.
@@ -308,53 +345,114 @@ class MarsProcessor(ProcessorMixin):
             if kwargs.pop(modality, None) is not None:  # type: ignore[misc]
                 raise ValueError(f"MARS takes text and pictures, got `{modality}`.")
         options = self._options(**kwargs)
-        if task is not None or return_labels:
-            return self._training_batch(text, images, height, width, task, return_labels, drop_caption, options)
-        if images is None and not (height is None and width is None and image_sizes is None):
+        k = _check_codes_per_step(codes_per_step)
+        trains = task is not None or return_labels
+        if generation_mode is not None and (generation_mode != "interleaved" or trains):
+            raise ValueError(
+                "`generation_mode` is 'interleaved' for the prompt of a document and else left out, got "
+                f"{generation_mode!r} with task={task!r}."
+            )
+        if trains:
+            return self._training_batch(text, images, height, width, task, return_labels, drop_caption, k, options)
+        has_size = not (height is None and width is None and image_sizes is None)
+        if generation_mode is None and images is None and has_size:
             captions = _list_of_prompts(text)
-            sizes = self._target_sizes(len(captions), height, width, image_sizes)
-            return self._drawing_batch(captions, sizes, negative_prompt, options)
-        if negative_prompt is not None or image_sizes is not None:
-            raise ValueError("`negative_prompt` and `image_sizes` belong to drawing: give a size and no `images`.")
+            sizes = self._target_sizes(len(captions), height, width, image_sizes, k)
+            return self._drawing_batch(captions, sizes, negative_prompt, k, options)
         rows = self._text_rows(text) if images is None else self._rows_with_pictures(text, images)
-        return self._reading_batch(rows, height, width, options)
+        if generation_mode == "interleaved":
+            sizes = self._target_sizes(len(rows), height, width, image_sizes, k)
+            return self._document_batch(rows, sizes, negative_prompt, k, options)
+        if negative_prompt is not None or image_sizes is not None:
+            raise ValueError(
+                "`negative_prompt` and `image_sizes` belong to drawing: give a size and no `images`, or "
+                "`generation_mode='interleaved'` for a document."
+            )
+        return self._batch(self._reading_data(rows, height, width, k, options), options)
 
     def _options(self, **kwargs: Any) -> dict[str, Any]:
         return self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
 
     # ---- drawing
 
-    def _target_sizes(self, count: int, height: Any, width: Any, image_sizes: Any) -> list[tuple[int, int]]:
-        """Agree on `(height, width)` for each of `count` rows."""
+    def _target_sizes(
+        self, count: int, height: Any, width: Any, image_sizes: Any, codes_per_step: int
+    ) -> list[list[Size]]:
+        """Agree on the sizes of the pictures to be drawn in each of `count` rows."""
         if (height is None) != (width is None):
             raise ValueError(f"`height` and `width` go together, got height={height} and width={width}.")
+        if height is None and image_sizes is None:
+            raise ValueError(
+                "A document needs the sizes of the pictures that the model may begin: give `image_sizes`, or `height` "
+                "and `width`."
+            )
         asked = list(zip(_per_row("height", height, count), _per_row("width", width, count), strict=True))
-        if image_sizes is not None:
-            given = [tuple(size) for size in torch.as_tensor(image_sizes).reshape(-1, 2).tolist()]
-            if len(given) != count or (height is not None and given != asked):
-                raise ValueError(
-                    f"`image_sizes` {given} contradict {count} prompt(s) of height={height} and width={width}: give "
-                    "one size for each prompt, in one way."
-                )
-            asked = given
-        for size in asked:
+        sizes = [[size] for size in asked] if image_sizes is None else sizes_by_row(image_sizes)
+        contradicts = height is not None and any({size} != {*row} for size, row in zip(asked, sizes, strict=False))
+        if len(sizes) != count or contradicts or not all(sizes):
+            raise ValueError(
+                f"`image_sizes` {sizes} contradict {count} prompt(s) of height={height} and width={width}: give the "
+                "sizes of each prompt, in one way."
+            )
+        for size in chain.from_iterable(sizes):
             check_image_size(*size, self.downsample_factor, self.max_image_size)
-        return [(int(row_height), int(row_width)) for row_height, row_width in asked]
+            self._check_order(size, codes_per_step)
+        return [[(int(row_height), int(row_width)) for row_height, row_width in row] for row in sizes]
+
+    def _check_order(self, size: Sequence[int], codes_per_step: int) -> None:
+        height, width = (side // self.downsample_factor for side in size)
+        check_code_order(height, width, codes_per_step, self.code_order)
 
     def _drawing_batch(
-        self, captions: list[str], sizes: list[tuple[int, int]], negative_prompt: Any, options: dict[str, Any]
+        self,
+        captions: list[str],
+        sizes: list[list[Size]],
+        negative_prompt: Any,
+        codes_per_step: int,
+        options: dict[str, Any],
     ) -> BatchFeature:
+        if any(len(row) > 1 for row in sizes):
+            raise ValueError(
+                f"A drawing has one size for each prompt, got {sizes}. Several are for a document "
+                "(`generation_mode='interleaved'`)."
+            )
         negatives = _per_row("negative_prompt", negative_prompt, len(captions))
-        rows = [prompt_ids(self.tokenizer, caption, *size) for caption, size in zip(captions, sizes, strict=True)]
-        negative_rows = [
-            null_prompt_ids(self.tokenizer, *size) if negative is None else prompt_ids(self.tokenizer, negative, *size)
-            for negative, size in zip(negatives, sizes, strict=True)
-        ]
-        for row, size in zip(rows + negative_rows, sizes + sizes, strict=True):
-            self._refuse_too_long(len(row), options, self._num_codes(*size) + NUM_PICTURE_BRACKETS)
+        rows = [prompt_ids(self.tokenizer, caption, *size) for caption, (size,) in zip(captions, sizes, strict=True)]
+        negative_rows = [self._negative_ids(one, size) for one, (size,) in zip(negatives, sizes, strict=True)]
+        for row, (size,) in zip(rows + negative_rows, sizes + sizes, strict=True):
+            self._refuse_too_long(len(row), options, self._num_picture_tokens(size, codes_per_step))
         negative = {f"negative_{name}": value for name, value in self._pad(negative_rows, options).items()}
-        data = {**self._pad(rows, options), "image_sizes": [[size] for size in sizes], **negative}
-        return BatchFeature(data, tensor_type=options["text_kwargs"].get("return_tensors"))
+        return self._batch({**self._pad(rows, options), "image_sizes": sizes, **negative}, options)
+
+    def _negative_ids(self, negative_prompt: str | None, size: Size) -> list[int]:
+        if negative_prompt is None:
+            return null_prompt_ids(self.tokenizer, *size)
+        return prompt_ids(self.tokenizer, negative_prompt, *size)
+
+    def _document_batch(
+        self,
+        rows: list[Row],
+        sizes: list[list[Size]],
+        negative_prompt: Any,
+        codes_per_step: int,
+        options: dict[str, Any],
+    ) -> BatchFeature:
+        """Lay prompts of documents out; each picture of a row, read or drawn, has a size and a negative prompt."""
+        negatives = _per_row("negative_prompt", negative_prompt, len(rows))
+        needed = [self._num_picture_tokens(row[0], codes_per_step) for row in sizes]
+        data = self._reading_data(rows, None, None, codes_per_step, options, needed)
+        read = sizes_by_row(data["image_sizes"]) if "image_sizes" in data else [[] for _ in rows]
+        every = [before + after for before, after in zip(read, sizes, strict=True)]
+        longest = max(map(len, every))
+        every = [row + row[-1:] * (longest - len(row)) for row in every]
+        negative_rows = [
+            self._negative_ids(one, size) for one, row in zip(negatives, every, strict=True) for size in row
+        ]
+        negative = {
+            f"negative_{name}": [values[start : start + longest] for start in range(0, len(values), longest)]
+            for name, values in self._pad(negative_rows, options).items()
+        }
+        return self._batch({**data, "image_sizes": every, **negative}, options)
 
     # ---- reading
 
@@ -414,23 +512,32 @@ class MarsProcessor(ProcessorMixin):
             raise self._wrong_count(len(parts) - 1, len(pictures))
         return _interleave([text_ids(self.tokenizer, part) for part in parts], pictures)
 
-    def _reading_batch(self, rows: list[Row], height: Any, width: Any, options: dict[str, Any]) -> BatchFeature:
+    def _reading_data(
+        self,
+        rows: list[Row],
+        height: Any,
+        width: Any,
+        codes_per_step: int,
+        options: dict[str, Any],
+        to_be_drawn: Sequence[int] | None = None,
+    ) -> dict[str, Any]:
+        """Lay rows out, which leave room for so many tokens to be drawn after each."""
         pictures = [piece.source for row in rows for piece in row if isinstance(piece, Picture)]
-        picture_ids, features = self._process_pictures(pictures, height, width, options)
+        picture_ids, features = self._process_pictures(pictures, height, width, codes_per_step, options)
         counts = [sum(isinstance(piece, Picture) for piece in row) for row in rows]
         remaining = iter(picture_ids)
-        filled = [self._fill_row(row, remaining) for row in rows]
-        for row in filled:
-            self._refuse_too_long(len(row), options)
+        filled = [self._fill_row(row, remaining, codes_per_step) for row in rows]
+        for row, room in zip(filled, to_be_drawn or [0] * len(rows), strict=True):
+            self._refuse_too_long(len(row), options, room)
         data = self._pad(filled, options)
         if pictures:
-            data["image_sizes"] = _sizes_by_row(features.pop("image_sizes"), counts)
-        return self._batch({**data, **features}, options)
+            data["image_sizes"] = _pad_sizes(features.pop("image_sizes"), counts)
+        return {**data, **features}
 
     def _process_pictures(
-        self, pictures: list[Any], height: Any, width: Any, options: dict[str, Any]
+        self, pictures: list[Any], height: Any, width: Any, codes_per_step: int, options: dict[str, Any]
     ) -> tuple[list[list[int]], dict[str, Any]]:
-        """Turn pictures into their ids, codes or places of codes, and what the model needs beside them."""
+        """Turn pictures into their ids, codes as emitted or places of codes, and what the model needs beside them."""
         if not pictures:
             return [], {}
         images_kwargs = dict(options["images_kwargs"], height=height, width=width)
@@ -438,22 +545,30 @@ class MarsProcessor(ProcessorMixin):
             images_kwargs["return_tensors"] = "pt"
         features = dict(self.image_processor(pictures, **images_kwargs))
         sizes = features["image_sizes"] = torch.as_tensor(features["image_sizes"]).tolist()
+        for size in sizes:
+            self._check_order(size, codes_per_step)
         if self.image_tokenizer is None:
             return [[self.image_token_id] * self._num_codes(*size) for size in sizes], features
-        codes = encode_pixels(self.image_tokenizer, features.pop("pixel_values"))
-        return [(code.flatten() + self.image_token_offset).tolist() for code in codes], features
+        grids = encode_pixels(self.image_tokenizer, features.pop("pixel_values"))
+        return [self._code_ids(grid, codes_per_step) for grid in grids], features
 
-    def _fill_row(self, row: Row, picture_ids: Iterator[list[int]]) -> list[int]:
+    def _code_ids(self, grid: torch.Tensor, codes_per_step: int) -> list[int]:
+        return (to_emission_order(grid, codes_per_step, self.code_order) + self.image_token_offset).tolist()
+
+    def _fill_row(self, row: Row, picture_ids: Iterator[list[int]], codes_per_step: int) -> list[int]:
         ids: list[int] = []
         for piece in row:
-            ids += self._bracket(next(picture_ids)) if isinstance(piece, Picture) else piece
+            ids += self._bracket(next(picture_ids), codes_per_step) if isinstance(piece, Picture) else piece
         return ids
 
-    def _bracket(self, picture_ids: list[int]) -> list[int]:
-        return [self.image_start_token_id, *picture_ids, self.image_end_token_id]
+    def _bracket(self, picture_ids: list[int], codes_per_step: int) -> list[int]:
+        return [self.image_start_token_id] * codes_per_step + picture_ids + [self.image_end_token_id]
 
     def _num_codes(self, height: int, width: int) -> int:
         return (height // self.downsample_factor) * (width // self.downsample_factor)
+
+    def _num_picture_tokens(self, size: Size, codes_per_step: int) -> int:
+        return codes_per_step + self._num_codes(*size) + 1  # copies of `<img>`, codes, `</img>`
 
     # ---- batches
 
@@ -514,7 +629,8 @@ class MarsProcessor(ProcessorMixin):
         conversations = conversation if isinstance(conversation[0], (list, tuple)) else [conversation]
         rows = [self._chat_row(messages, chat_template, **kwargs) for messages in conversations]
         types = {} if return_tensors == "auto" else {"return_tensors": return_tensors}
-        batch = self._reading_batch(rows, None, None, self._options(**types, **(processor_kwargs or {})))
+        options = self._options(**types, **(processor_kwargs or {}))
+        batch = self._batch(self._reading_data(rows, None, None, 1, options), options)
         return batch if return_dict else batch["input_ids"]
 
     def _chat_row(self, messages: Sequence[Any], chat_template: str | None, **kwargs: Any) -> Row:
@@ -551,6 +667,7 @@ class MarsProcessor(ProcessorMixin):
         width: int,
         drop_caption: bool = False,
         max_length: int | None = None,
+        codes_per_step: int = 1,
     ) -> dict[str, list[int]]:
         r"""
         Write one training row from a caption and a picture's codes.
@@ -558,6 +675,8 @@ class MarsProcessor(ProcessorMixin):
         - `"text-to-image"`: `{caption} {height}x{width}`, `<img>`, codes, `</img>`; the codes are labelled.
         - `"captioning"`: `<img>`, codes, `</img>`, a line end, the caption, `<|endoftext|>`; all that follows
           `</img>` is labelled.
+
+        Codes stand in the processor's `code_order`.
 
         Args:
             task (`str`): `"text-to-image"` or `"captioning"`.
@@ -567,33 +686,35 @@ class MarsProcessor(ProcessorMixin):
             width (`int`): Of the picture, in pixels.
             drop_caption (`bool`, defaults to `False`): Replace the caption by `<null>`, as guidance will.
             max_length (`int`, *optional*): Longest row allowed. `None` takes the tokenizer's `model_max_length`.
+            codes_per_step (`int`, defaults to 1): Copies of `<img>`: the K of next-K-token prediction.
 
         Returns:
             `dict[str, list[int]]`: `input_ids` and `labels` of one length; labels stand at the place of their own
             token (the model shifts) and are -100 where nothing is to be learnt.
 
         Raises:
-            ValueError: If the task is unknown, codes and size do not fit, or the row is too long.
+            ValueError: If the task is unknown, codes, size and K do not fit, or the row is too long.
         """
-        grid = self._code_grid(image_codes, height, width)
-        picture_ids = (grid.flatten() + self.image_token_offset).tolist()
-        return self._training_row(task, caption, picture_ids, (height, width), drop_caption, max_length)
+        k = _check_codes_per_step(codes_per_step)
+        picture_ids = self._code_ids(self._code_grid(image_codes, height, width), k)
+        return self._training_row(task, caption, picture_ids, (height, width), drop_caption, max_length, k)
 
     def _training_row(
         self,
         task: Any,
         caption: str,
         picture_ids: list[int],
-        size: tuple[int, int],
+        size: Size,
         drop_caption: bool,
         max_length: int | None,
+        codes_per_step: int,
     ) -> dict[str, list[int]]:
-        picture = self._bracket(picture_ids)
+        picture = self._bracket(picture_ids, codes_per_step)
         if task == "text-to-image":
             full = prompt_ids(self.tokenizer, caption, *size)
             text = null_prompt_ids(self.tokenizer, *size) if drop_caption else full
             ids = text + picture
-            labels = [IGNORED_LABEL] * (len(text) + 1) + picture_ids + [IGNORED_LABEL]
+            labels = [IGNORED_LABEL] * (len(text) + codes_per_step) + picture_ids + [IGNORED_LABEL]
         elif task == "captioning" and not drop_caption:
             text = [*text_ids(self.tokenizer, "\n" + caption), _id_of(self.tokenizer, END_OF_TEXT)]
             ids = picture + text
@@ -615,6 +736,7 @@ class MarsProcessor(ProcessorMixin):
         task: Any,
         return_labels: bool | None,
         drop_caption: Any,
+        codes_per_step: int,
         options: dict[str, Any],
     ) -> BatchFeature:
         if task is None or not return_labels:
@@ -623,12 +745,12 @@ class MarsProcessor(ProcessorMixin):
         pictures = [] if images is None else _flat(images)
         if len(pictures) != len(captions):
             raise ValueError(f"Training takes one picture for each caption, got {len(pictures)} and {len(captions)}.")
-        picture_ids, features = self._process_pictures(pictures, height, width, options)
+        picture_ids, features = self._process_pictures(pictures, height, width, codes_per_step, options)
         sizes = features.pop("image_sizes")
         dropped = _per_row("drop_caption", drop_caption, len(captions))
         max_length = options["text_kwargs"].get("max_length")
         examples = [
-            self._training_row(task, caption, ids, tuple(size), drop, max_length)
+            self._training_row(task, caption, ids, tuple(size), drop, max_length, codes_per_step)
             for caption, ids, size, drop in zip(captions, picture_ids, sizes, dropped, strict=True)
         ]
         data = self._pad([example["input_ids"] for example in examples], options)
@@ -657,14 +779,21 @@ class MarsProcessor(ProcessorMixin):
         Raises:
             ValueError: If there is no `image_tokenizer`, or codes and sizes do not fit.
         """
-        if self.image_tokenizer is None:
-            raise ValueError("Decoding needs a VQ-GAN: set `processor.image_tokenizer = model.vqgan` first.")
-        sizes = [size for size in torch.as_tensor(image_sizes).reshape(-1, 2).tolist() if any(size)]
+        vqgan = self._require_image_tokenizer()
+        sizes = list(chain.from_iterable(sizes_by_row(image_sizes)))
         sizes = sizes * len(codes) if len(sizes) == 1 else sizes
         if len(sizes) != len(codes):
             raise ValueError(f"`image_sizes` holds {len(sizes)} sizes, but `codes` {len(codes)} pictures.")
         grids = [self._code_grid(picture, *size) for picture, size in zip(codes, sizes, strict=True)]
-        return self.image_processor.postprocess(decode_codes(self.image_tokenizer, grids))
+        return self.image_processor.postprocess(decode_codes(vqgan, grids))
+
+    def _require_image_tokenizer(self) -> "VQModel":
+        if self.image_tokenizer is None:
+            raise ValueError(
+                "Decoding codes needs a VQ-GAN: set `processor.image_tokenizer = model.vqgan` first, or give "
+                "`pixel_values=model.decode_image_tokens(sequences, image_sizes)` where they are taken."
+            )
+        return self.image_tokenizer
 
     def _code_grid(self, image_codes: Any, height: int, width: int) -> torch.Tensor:
         """Check one picture's codes and lay them out as `(height / f, width / f)`."""
@@ -694,46 +823,144 @@ class MarsProcessor(ProcessorMixin):
         Returns:
             `list[str]`: One text for each row.
         """
-        one_row = torch.as_tensor(generated_outputs[0]).ndim == 0
-        texts = []
-        for row in [generated_outputs] if one_row else generated_outputs:
-            text = [token for token in torch.as_tensor(row).tolist() if token < self.image_token_offset]
-            texts.append(self.tokenizer.decode(text, skip_special_tokens=skip_special_tokens, **kwargs))
-        return texts
+        rows = _rows_of_ids(generated_outputs)
+        return [self._decode_text(row.tolist(), skip_special_tokens, **kwargs) for row in rows]
+
+    def _decode_text(self, ids: list[int], skip_special_tokens: bool, **kwargs: Any) -> str:
+        text = [token for token in ids if token < self.image_token_offset]
+        return self.tokenizer.decode(text, skip_special_tokens=skip_special_tokens, **kwargs)
 
     def post_process_multimodal_output(
         self,
         generated_outputs: Any,
         skip_special_tokens: bool = True,
         generation_mode: str | None = None,
+        image_sizes: Any = None,
+        pixel_values: Any = None,
+        prompt_length: int = 0,
         **kwargs: Any,
-    ) -> list[str] | list[Image.Image]:
+    ) -> list[str] | list[Image.Image] | list[list[str | Image.Image]]:
         """
-        Turn what the model gave into text or pictures, as transformers' `any-to-any` pipeline asks for it.
+        Turn what the model gave into text, pictures or both, the first two as transformers' `any-to-any` pipeline asks
+        for it.
+
+        `"interleaved"` takes what any mode of `generate` returns and gives, for each row, its texts and pictures in
+        order. Copies of `<img>`, padding and end tokens are dropped, as are empty texts. An incomplete picture (a
+        cancelled one lacks its `</img>`) is left out; its codes are in `generated_outputs`. Such a list is also a row
+        that the processor reads: with `do_resize=False` pictures keep their sizes.
 
         Args:
             generated_outputs (`torch.Tensor` or list of them):
-                Token ids for text; for pictures the pixels that `model.decode_image_tokens` returns.
+                Token ids for text and documents, whole rows; for pictures the pixels that
+                `model.decode_image_tokens` returns.
             skip_special_tokens (`bool`, defaults to `True`): See [`~MarsProcessor.post_process_image_text_to_text`].
-            generation_mode (`str`, *optional*): `"text"` (as `None`) or `"image"`.
+            generation_mode (`str`, *optional*): `"text"` (as `None`), `"image"` or `"interleaved"`.
+            image_sizes (`torch.LongTensor` of shape `(batch, pictures, 2)`, *optional*):
+                For documents, the sizes that `generate` got: those of row i stand in row `i // n` of them if there are
+                n times as many rows. Later pictures have the last size. If None, pictures are square.
+            pixel_values (`list[torch.Tensor]` of shape `(3, height, width)`, *optional*):
+                For documents, the pixels of all their pictures, as `model.decode_image_tokens` returns them for
+                `generated_outputs`; `image_sizes` are then not needed. If None, `image_tokenizer` decodes.
+            prompt_length (`int`, defaults to 0): Columns of the prompt, which a document then leaves out.
             kwargs: Further arguments of the tokenizer's `decode`.
 
         Returns:
-            `list[str]` or `list[PIL.Image.Image]`.
+            `list[str]`, `list[PIL.Image.Image]`, or for documents `list[list[str | PIL.Image.Image]]`.
 
         Raises:
-            ValueError: If the mode is unknown, or ids came where pixels were expected.
+            ValueError: If the mode is unknown, ids came where pixels were expected or the reverse, a picture holds
+                what is no code or does not fit its size, or codes need an `image_tokenizer` that is not there.
         """
+        if generation_mode == "interleaved":
+            rows = _rows_of_ids(generated_outputs)
+            spans = [self._picture_tokens.find(row) for row in rows]
+            is_wanted = [span.start >= prompt_length for span in chain.from_iterable(spans)]
+            pictures = iter(self._open_pictures(rows, spans, is_wanted, image_sizes, pixel_values))
+            return [
+                self._segments(row.tolist(), own, pictures, prompt_length, skip_special_tokens, **kwargs)
+                for row, own in zip(rows, spans, strict=True)
+            ]
+        if image_sizes is not None or pixel_values is not None or prompt_length:
+            raise ValueError(
+                "`image_sizes`, `pixel_values` and `prompt_length` go with `generation_mode='interleaved'`, got "
+                f"{generation_mode!r}."
+            )
         if generation_mode in (None, "text"):
             return self.post_process_image_text_to_text(generated_outputs, skip_special_tokens, **kwargs)
         if generation_mode != "image":
-            raise ValueError(f"`generation_mode` must be 'text' or 'image', got {generation_mode!r}.")
+            raise ValueError(f"`generation_mode` must be 'text', 'image' or 'interleaved', got {generation_mode!r}.")
         if not all(torch.is_floating_point(torch.as_tensor(pixels)) for pixels in generated_outputs):
             raise ValueError(
                 "Pictures are made from pixels, got token ids: call "
                 "`model.decode_image_tokens(sequences, image_sizes)` first."
             )
         return self.image_processor.postprocess(generated_outputs)
+
+    def _open_pictures(
+        self,
+        rows: list[torch.Tensor],
+        spans: list[list[PictureSpan]],
+        is_wanted: list[bool],
+        image_sizes: Any,
+        pixel_values: Any,
+    ) -> list[Image.Image]:
+        """Give the wanted pictures of documents, from their pixels or decoded from their codes."""
+        if pixel_values is None:
+            grids = chain.from_iterable(self._picture_tokens.collect(rows, image_sizes))
+            wanted = list(compress(grids, is_wanted))
+            pixels = decode_codes(self._require_image_tokenizer(), wanted) if wanted else []
+        else:
+            counts = [span.end - span.first for span in chain.from_iterable(spans)]
+            expected = [self._num_codes(*picture.shape[-2:]) for picture in pixel_values]
+            if counts != expected:
+                raise ValueError(
+                    f"`pixel_values` hold pictures of {expected} codes, but the rows hold pictures of {counts}. Give "
+                    "what `model.decode_image_tokens` returns for the same rows."
+                )
+            pixels = list(compress(pixel_values, is_wanted))
+        return self.image_processor.postprocess(pixels)
+
+    def _segments(
+        self,
+        ids: list[int],
+        spans: list[PictureSpan],
+        pictures: Iterator[Image.Image],
+        prompt_length: int,
+        skip_special_tokens: bool,
+        **kwargs: Any,
+    ) -> list[str | Image.Image]:
+        """Give the texts and pictures of a row from a column on."""
+        segments: list[str | Image.Image] = []
+        place = prompt_length
+        for span in spans:
+            if span.start >= prompt_length:
+                segments += [self._decode_text(ids[place : span.start], skip_special_tokens, **kwargs), next(pictures)]
+                place = span.end + 1
+        segments.append(self._decode_text(ids[place:], skip_special_tokens, **kwargs))
+        return [segment for segment in segments if segment != ""]
+
+
+def _rows_of_ids(generated_outputs: Any) -> list[torch.Tensor]:
+    """Rows of token ids, of a batch or of a single row."""
+    is_single = torch.as_tensor(generated_outputs[0]).ndim == 0
+    rows = [torch.as_tensor(row) for row in ([generated_outputs] if is_single else generated_outputs)]
+    for row in rows:
+        if row.ndim != 1 or (len(row) and (row.is_floating_point() or int(row.min()) < 0)):
+            raise ValueError(
+                "Text is decoded from rows of token ids, whole numbers of 0 or more, got a row of "
+                f"{row.dtype} of shape {tuple(row.shape)}."
+            )
+    return rows
+
+
+def _check_codes_per_step(codes_per_step: Any) -> int:
+    k = 1 if codes_per_step is None else codes_per_step
+    if isinstance(k, bool) or not isinstance(k, Integral) or k < 1:
+        raise ValueError(
+            f"`codes_per_step` must be a whole number of 1 or more, got {codes_per_step!r}: pass one that the model "
+            "is trained for (`config.trained_codes_per_step`)."
+        )
+    return int(k)
 
 
 def _list_of_prompts(text: Any) -> list[str]:
@@ -772,7 +999,7 @@ def _interleave(parts: list[list[int]], pictures: list[Any]) -> Row:
     return row
 
 
-def _sizes_by_row(sizes: list[list[int]], counts: list[int]) -> list[list[list[int]]]:
+def _pad_sizes(sizes: list[list[int]], counts: list[int]) -> list[list[list[int]]]:
     remaining = iter(sizes)
     return [[next(remaining) for _ in range(count)] + [[0, 0]] * (max(counts) - count) for count in counts]
 

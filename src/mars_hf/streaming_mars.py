@@ -6,7 +6,7 @@ from here, `generate` returns its codes.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Queue
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from transformers.generation import BaseStreamer
 from transformers.utils import logging
 
 from .code_order_mars import emission_order
+from .configuration_mars import MarsConfig
 from .image_processing_mars import decode_codes
 
 if TYPE_CHECKING:
@@ -24,17 +25,45 @@ if TYPE_CHECKING:
 @dataclass
 class Preview:
     """
-    What is drawn so far, of all rows.
+    The latest picture of each row, as far as it is drawn.
 
     Args:
-        pixels (`list[torch.Tensor]`): For each row `(3, height, width)`, about [-1, 1]; approximate.
-        num_codes (`list[int]`): Codes drawn in each row.
+        pixels (`list[torch.Tensor | None]`):
+            For each row `(3, height, width)`, about [-1, 1]; approximate. `None` before a document's first picture.
+        num_codes (`list[int]`): Codes drawn of each row's picture.
         total_codes (`list[int]`): Codes of each row's picture.
+        picture (`list[int]`): The picture's number in its row, from 0, pictures of the prompt included.
     """
 
-    pixels: list[torch.Tensor]
+    pixels: list[torch.Tensor | None]
     num_codes: list[int]
     total_codes: list[int]
+    picture: list[int]
+
+
+@dataclass
+class _Row:
+    """Where the tokens of a row stand."""
+
+    grids: list[tuple[int, int]]
+    number: int  # pictures that are complete
+    codes: list[int] = field(default_factory=list)  # of the latest picture
+    is_open: bool = False
+    due: int = 0  # codes at which a preview is wanted
+
+    @property
+    def picture(self) -> int:
+        """Number of the latest picture."""
+        return max(self.number - (not self.is_open), 0)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.grids[min(self.picture, len(self.grids) - 1)]
+
+    @property
+    def total(self) -> int:
+        height, width = self.grid
+        return height * width
 
 
 def fill_missing(codes: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
@@ -67,7 +96,7 @@ class ImageStreamer(BaseStreamer):
         callback (`Callable`):
             Called with a [`Preview`]. If it returns `False`, drawing stops and what there is comes back without
             `</img>`. What it raises ends `generate` and reaches its caller.
-        every (`int`, defaults to 1): Rows of codes between two previews, of the row of the batch with the most codes.
+        every (`int`, defaults to 1): Rows of codes that a picture gets, at least, between two previews.
         progress (`bool`, defaults to `False`): Show a progress bar.
 
     Example:
@@ -83,35 +112,51 @@ class ImageStreamer(BaseStreamer):
         self.vqgan, self.callback, self.every, self.progress = vqgan, callback, every, progress
         self.cancelled = False
         self._bar: Any = None
-        self._grids: list[tuple[int, int]] = []
-        self._waiting, self._total = 1, 0
-        self._columns: list[torch.Tensor] = []
+        self._rows: list[_Row] = []
 
     def begin(
-        self, grids: list[tuple[int, int]], codes_per_step: int, code_order: str, image_token_offset: int
+        self, grids: list[list[tuple[int, int]]], number: list[int], codes_per_step: int, config: MarsConfig
     ) -> None:
-        """Called by `generate` before the first code: what will be drawn."""
-        self._grids, self._offset, self.cancelled = grids, image_token_offset, False
-        self._orders = [emission_order(*grid, codes_per_step, code_order) for grid in grids]
-        self._waiting = codes_per_step  # copies of `<img>` come first
-        self._columns = []
-        widest = max(width for _, width in grids)
-        self._step, self._next = self.every * widest, self.every * widest
-        self._total = max(height * width for height, width in grids)
+        """
+        Called by `generate` before the first new token.
+
+        Args:
+            grids (`list[list[tuple[int, int]]]`): Rows and columns of each row's pictures; later ones as the last.
+            number (`list[int]`): Pictures that each row's prompt holds already.
+            codes_per_step (`int`): The paper's K.
+            config ([`MarsConfig`]): Tells ids and order.
+        """
+        self._rows = [_Row(own, before) for own, before in zip(grids, number, strict=True)]
+        self._k, self._config, self.cancelled = codes_per_step, config, False
         if self.progress:
-            self._bar = logging.tqdm(total=self._total, desc="Drawing", unit="code")
+            total = max(row.total for row in self._rows) if all(len(own) == 1 for own in grids) else None
+            self._bar = logging.tqdm(total=total, desc="Drawing", unit="code")
 
     def put(self, value: torch.Tensor) -> None:
         """Take the next token `(batch,)` of every row."""
-        if self._waiting or len(self._columns) == self._total:
-            self._waiting = max(self._waiting - 1, 0)
-            return
-        self._columns.append(value.cpu())
-        if self._bar is not None:
+        if value.ndim != 1:
+            return  # the prompt
+        tokens = value.tolist()
+        is_code = [self._take(row, token) for row, token in zip(self._rows, tokens, strict=True)]
+        if self._bar is not None and any(is_code):
             self._bar.update()
-        if len(self._columns) >= self._next and len(self._columns) < self._total:
-            self._next = len(self._columns) + self._step
+        if any(row.is_open and row.due <= len(row.codes) < row.total for row in self._rows):
+            for row in self._rows:
+                row.due = len(row.codes) + self.every * row.grid[1]
             self._show()
+
+    def _take(self, row: _Row, token: int) -> bool:
+        """Say whether a token is the code of a picture that is being drawn, and keep it then."""
+        config = self._config
+        if token == config.image_start_token_id and not (row.is_open and not row.codes):
+            row.codes, row.is_open = [], True
+            row.due = self.every * row.grid[1]
+        elif token == config.image_end_token_id and row.is_open:
+            row.is_open, row.number = False, row.number + 1
+        elif row.is_open and 0 <= token - config.image_token_offset < config.codebook_size:
+            row.codes.append(token - config.image_token_offset)
+            return True
+        return False
 
     def _show(self) -> None:
         if self.callback is not None and self.callback(self.preview()) is False:
@@ -119,16 +164,21 @@ class ImageStreamer(BaseStreamer):
 
     def preview(self) -> Preview:
         """Decode what is there."""
-        drawn = torch.stack(self._columns, dim=1) - self._offset  # (batch, codes)
-        grids = []
-        for row, (grid, order) in enumerate(zip(self._grids, self._orders, strict=True)):
-            there = order[: drawn.shape[1]]
-            codes = torch.zeros(grid, dtype=torch.long)
-            known = torch.zeros(grid, dtype=torch.bool)
-            codes.view(-1)[there], known.view(-1)[there] = drawn[row, : len(there)], True
-            grids.append(fill_missing(codes, known))
-        totals = [height * width for height, width in self._grids]
-        return Preview(decode_codes(self.vqgan, grids), [min(drawn.shape[1], total) for total in totals], totals)
+        begun = [index for index, row in enumerate(self._rows) if row.codes]
+        decoded = decode_codes(self.vqgan, [self._filled(self._rows[index]) for index in begun])
+        pixels: list[torch.Tensor | None] = [None] * len(self._rows)
+        for index, picture in zip(begun, decoded, strict=True):
+            pixels[index] = picture
+        rows = self._rows
+        return Preview(
+            pixels, [len(row.codes) for row in rows], [row.total for row in rows], [row.picture for row in rows]
+        )
+
+    def _filled(self, row: _Row) -> torch.Tensor:
+        there = emission_order(*row.grid, self._k, self._config.code_order)[: len(row.codes)]
+        codes, known = torch.zeros(row.grid, dtype=torch.long), torch.zeros(row.grid, dtype=torch.bool)
+        codes.view(-1)[there], known.view(-1)[there] = torch.tensor(row.codes), True
+        return fill_missing(codes, known)
 
     def end(self) -> None:
         """The drawing is over, or was cancelled."""
