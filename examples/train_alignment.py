@@ -23,6 +23,7 @@ from mars_hf.training.alignment import (
     AlignmentTrainer,
     alignment_arguments,
     encode_pictures,
+    subject_weights,
 )
 from mars_hf.training.muon import muon_with_adamw
 from mars_hf.training.text import last_checkpoint
@@ -38,6 +39,9 @@ parser.add_argument("--data", required=True, help="emoji data at 64 pixels")
 parser.add_argument("--out", required=True, type=Path)
 parser.add_argument("--max-steps", type=int, default=6500)
 parser.add_argument("--batch-size", type=int, default=64)
+parser.add_argument("--decay-steps", type=int, help="constant rate, then a decay of so many steps; default: a cosine")
+parser.add_argument("--balance", type=float, default=0.0, help="0 weighs pictures alike, 1 subjects")
+parser.add_argument("--captioning-share", type=float, default=0.06)
 parser.add_argument("--compile", action="store_true", help="compile the picture's stretch (takes a C++ compiler)")
 options = parser.parse_args()
 
@@ -59,20 +63,27 @@ codes_file = options.out / "codes.safetensors"
 if not codes_file.exists():
     save_file({"codes": encode_pictures(model, processor, data)}, codes_file.with_suffix(".part"))
     codes_file.with_suffix(".part").rename(codes_file)
+records = data.remove_columns("image").to_list()
 dataset = AlignmentDataset(
     processor,
-    data.remove_columns("image").to_list(),
+    records,
     load_file(codes_file)["codes"],
     image_size=(SIZE, SIZE),
     batch_size=options.batch_size,
     num_batches=options.max_steps,
+    captioning_share=options.captioning_share,
+    weights=subject_weights([record["hexcode"] for record in records], options.balance) if options.balance else None,
 )
 config = model.config
 collator = AlignmentCollator(config.image_start_token_id, config.image_end_token_id, processor.tokenizer.pad_token_id)
 bf16 = torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
+schedule = {}
+if options.decay_steps:
+    kwargs = {"num_decay_steps": options.decay_steps, "decay_type": "linear"}
+    schedule = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": kwargs}
 trainer = AlignmentTrainer(
     model=model,
-    args=alignment_arguments(str(options.out), options.max_steps, options.batch_size, bf16),
+    args=alignment_arguments(str(options.out), options.max_steps, options.batch_size, bf16, **schedule),
     train_dataset=dataset,
     data_collator=collator,
     compile_drawing=options.compile,

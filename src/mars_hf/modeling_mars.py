@@ -672,6 +672,8 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
         Returns:
             `torch.Tensor`: Logits over the joint vocabulary, or over its text or visual part only. Padding is -inf.
         """
+        if hidden_states.ndim > 2:  # a frozen head on a slice of states would leave torch's fast path on CPUs
+            return self.compute_logits(hidden_states.flatten(0, -2), vocabulary).unflatten(0, hidden_states.shape[:-1])
         if vocabulary == "text":
             return self.text_head(hidden_states)
         padding = self.config.num_padding_tokens
@@ -728,6 +730,8 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
         codes_per_step: int | None = None,
         block_ids: torch.Tensor | None = None,
         cells: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+        head_loss: Callable | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
@@ -750,6 +754,11 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
                 See [`MarsModel.forward`]. Read off `input_ids` if None and there is no earlier token in a cache.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): Compute logits for the last so many positions.
             vocabulary (`str`, defaults to `"all"`): `"text"` or `"visual"` leaves the other head out.
+            shift_labels (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
+                Targets at the place that predicts them, instead of `labels`.
+            head_loss (`Callable`, *optional*):
+                Called as `head_loss(model, last_hidden_state, shift_labels)` in place of the heads; the [`ModelOutput`]
+                that it gives is returned. For losses that need logits of some positions only.
 
         The other arguments are those of [`MarsModel.forward`].
 
@@ -785,13 +794,16 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
+        if shift_labels is None and labels is not None and (layout is not None or head_loss is not None):
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100) if layout is None else layout.shift_labels(labels)
+        if head_loss is not None:
+            return head_loss(self, outputs.last_hidden_state, shift_labels)
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = self.compute_logits(hidden_states, vocabulary)
         loss = None
-        if labels is not None:
-            if layout is not None:
-                kwargs["shift_labels"] = layout.shift_labels(labels)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        if labels is not None or shift_labels is not None:
+            targets = {"labels": labels, "shift_labels": shift_labels}
+            loss = self.loss_function(logits=logits, vocab_size=logits.shape[-1], **targets, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -699,6 +699,44 @@ class MarsProcessor(ProcessorMixin):
         picture_ids = self._code_ids(self._code_grid(image_codes, height, width), k)
         return self._training_row(task, caption, picture_ids, (height, width), drop_caption, max_length, k)
 
+    def training_document(
+        self, segments: Sequence[Any], codes_per_step: int = 1, max_length: int | None = None
+    ) -> dict[str, Any]:
+        r"""
+        Write the training row of an interleaved document, ended by `<|endoftext|>`.
+
+        Every text token is labelled, the first `<img>` of each picture, and its codes; the other `<img>` and `</img>`
+        are the grammar's.
+
+        Args:
+            segments (`list`):
+                Texts, and pictures as dictionaries with `image_codes` (raster order), `height` and `width` in pixels.
+            codes_per_step (`int`, defaults to 1): Copies of `<img>`: the K of next-K-token prediction.
+            max_length (`int`, *optional*): Longest row allowed. `None` takes the tokenizer's `model_max_length`.
+
+        Returns:
+            `dict`: `input_ids` and `labels` of one length, and `image_sizes`, a list of `(height, width)`.
+
+        Raises:
+            ValueError: If codes, sizes and K do not fit, or the row is too long.
+        """
+        k = _check_codes_per_step(codes_per_step)
+        ids: list[int] = []
+        labels: list[int] = []
+        sizes: list[Size] = []
+        for part in segments:
+            if isinstance(part, str):
+                text = text_ids(self.tokenizer, part)
+                ids, labels = ids + text, labels + text
+                continue
+            sizes.append((part["height"], part["width"]))
+            picture_ids = self._code_ids(self._code_grid(part["image_codes"], *sizes[-1]), k)
+            ids += self._bracket(picture_ids, k)
+            labels += [self.image_start_token_id, *[IGNORED_LABEL] * (k - 1), *picture_ids, IGNORED_LABEL]
+        end = _id_of(self.tokenizer, END_OF_TEXT)
+        _refuse_longer_than(self.tokenizer.model_max_length if max_length is None else max_length, len(ids) + 1)
+        return {"input_ids": [*ids, end], "labels": [*labels, end], "image_sizes": sizes}
+
     def _training_row(
         self,
         task: Any,

@@ -12,6 +12,7 @@ What this file leaves to others: later stages, streaming data, packing.
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,12 +89,36 @@ def encode_pictures(
     return torch.stack(codes)
 
 
+SKIN_TONES = frozenset(("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"))
+
+
+def subject_weights(hexcodes: Sequence[str], exponent: float = 0.5) -> torch.Tensor:
+    """
+    Weigh emoji so that subjects with many variants of skin tone do not crowd out those with one.
+
+    Args:
+        hexcodes (`Sequence[str]`): Code points of each record, joined by "-".
+        exponent (`float`, defaults to 0.5): 0 weighs records alike, 1 subjects.
+
+    Returns:
+        `torch.Tensor` of shape `(num,)`: Sums to 1.
+
+    Example:
+        >>> subject_weights(["1F44B", "1F44B-1F3FB", "1F44B-1F3FC", "1F34E"], exponent=1.0)
+        tensor([0.1667, 0.1667, 0.1667, 0.5000])
+    """
+    subjects = ["-".join(part for part in code.split("-") if part not in SKIN_TONES) for code in hexcodes]
+    sizes = Counter(subjects)
+    weights = torch.tensor([sizes[subject] ** -exponent for subject in subjects])
+    return weights / weights.sum()
+
+
 class AlignmentDataset(Dataset):
     """
     Rows of Stage I: index `i` is a record, a task and a caption's form, all decided by `i` and the seed.
 
-    Every block of `batch_size` consecutive indices has one task. Within each pass every record comes once, in an
-    order of that pass's own, so that a run that stops and resumes sees the same rows.
+    Every block of `batch_size` consecutive indices has one task. Each pass has an order of its own, in which every
+    record comes once, or with `weights` as often as chance has it; a run that stops and resumes sees the same rows.
 
     Args:
         processor ([`MarsProcessor`]): Writes prompts and captions.
@@ -108,6 +133,7 @@ class AlignmentDataset(Dataset):
             Largest share of the codes fed in text-to-image rows that are replaced by random ones (labels are not);
             each row draws its own share. A picture of a small data set can be told by its first codes: without noise
             the model comes to lean on them instead of on the prompt, and goes astray on its own drawings.
+        weights (`torch.Tensor` of shape `(num,)`, *optional*): How often each record comes, see [`subject_weights`].
         seed (`int`): Decides all else.
     """
 
@@ -122,6 +148,7 @@ class AlignmentDataset(Dataset):
         captioning_share: float = 0.06,
         captions: CaptionStyle = CaptionStyle(),  # noqa: B008
         code_noise: float = 1.0,
+        weights: torch.Tensor | None = None,
         seed: int = 0,
     ):
         if len(records) != len(codes):
@@ -133,6 +160,7 @@ class AlignmentDataset(Dataset):
         self.image_size, self.batch_size, self.num_batches = image_size, batch_size, num_batches
         self.captioning_share, self.captions, self.seed = captioning_share, captions, seed
         self.code_noise, self.codebook_size = code_noise, processor.codebook_size
+        self.weights = weights
         self._pass, self._order = -1, torch.empty(0)
 
     def __len__(self) -> int:
@@ -148,7 +176,13 @@ class AlignmentDataset(Dataset):
         number, place = divmod(index, len(self.records))
         if number != self._pass:
             generator = torch.Generator().manual_seed(self.seed * 100_003 + number)
-            self._pass, self._order = number, torch.randperm(len(self.records), generator=generator)
+            count, weights = len(self.records), self.weights
+            order = (
+                torch.randperm(count, generator=generator)
+                if weights is None
+                else torch.multinomial(weights, count, replacement=True, generator=generator)
+            )
+            self._pass, self._order = number, order
         return int(self._order[place])
 
     def __getitem__(self, index: int) -> dict[str, Any]:

@@ -1,0 +1,215 @@
+"""
+Rows to batches: padded so that prompts end in one column, or packed without attention between examples.
+
+A row is what [`MarsProcessor.training_example`] writes: `input_ids` and `labels`, which stand at the place of their
+own token, and `image_sizes`. Labels are shifted here, by one and inside pictures by K, because a row is cut behind its
+last label: what follows predicts nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from ..code_order_mars import PictureLayout, cell_table, look_up_cells
+from ..configuration_mars import MarsConfig
+from .losses import IGNORED_LABEL
+
+Row = dict[str, Any]
+
+
+@dataclass
+class ShiftedRow:
+    """
+    A row whose labels stand where they are predicted, cut behind the last of them.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(seq,)`): What is fed.
+        shift_labels (`torch.LongTensor` of shape `(seq,)`): What each token predicts, or -100.
+        prompt_length (`int`): Text tokens before the first visual one.
+        image_sizes (`list[tuple[int, int]]`): Of the pictures, in pixels.
+    """
+
+    input_ids: torch.Tensor
+    shift_labels: torch.Tensor
+    prompt_length: int
+    image_sizes: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, row: Row, config: MarsConfig) -> "ShiftedRow":
+        """
+        Shift and cut a row. One without pictures teaches nothing: its text is the frozen language model's.
+
+        Raises:
+            ValueError: If `input_ids` and `labels` differ in length.
+        """
+        ids, labels = torch.as_tensor(row["input_ids"]), torch.as_tensor(row["labels"])
+        if ids.shape != labels.shape or ids.ndim != 1:
+            raise ValueError(
+                f"A row needs `input_ids` and `labels` of one length, got shapes {tuple(ids.shape)} and "
+                f"{tuple(labels.shape)}."
+            )
+        layout = PictureLayout.of(ids[None], config.image_token_offset, config.image_start_token_id)
+        shifted, blocks = layout.shift_labels(labels[None])[0], layout.block_ids[0]
+        is_visual = ids >= config.image_token_offset
+        if not bool(is_visual.any()):
+            shifted = torch.full_like(shifted, IGNORED_LABEL)
+        learns = (shifted != IGNORED_LABEL).nonzero().flatten()
+        end = int(learns[-1]) + 1 if len(learns) else 1
+        while end < len(ids) and blocks[end] == blocks[end - 1] >= 0:
+            end += 1  # a block is never cut: its tokens see each other
+        prompt_length = int(is_visual[:end].float().argmax()) if bool(is_visual[:end].any()) else end
+        return cls(ids[:end], shifted[:end], prompt_length, [tuple(size) for size in row.get("image_sizes", [])])
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+class AlignedCollator:
+    """
+    Pads rows so that all prompts end in one column: on the left before it, on the right after it.
+
+    Args:
+        config ([`MarsConfig`]): Of the model.
+        pad_token_id (`int`): Fills up; masked.
+        prompt_multiple (`int`, defaults to 24): Prompts take a multiple of so many columns: few shapes to compile.
+    """
+
+    def __init__(self, config: MarsConfig, pad_token_id: int, prompt_multiple: int = 24):
+        self.config, self.pad, self.multiple = config, pad_token_id, prompt_multiple
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """
+        Returns:
+            `dict`: `input_ids`, `attention_mask`, `position_ids`, `shift_labels` (and the same as `labels`, by which
+            Trainer counts), `block_ids` and `cells` where the model needs them, and for the trainer `task`,
+            `prompt_length` (columns; 0 if something in them is labelled) and `only_codes` (every column behind the
+            prompts is visual and labelled with a code).
+        """
+        shifted = [ShiftedRow.of(row, self.config) for row in rows]
+        longest = max(row.prompt_length for row in shifted)
+        prompt = -(-longest // self.multiple) * self.multiple
+        rest = max(len(row) - row.prompt_length for row in shifted)
+
+        def aligned(values: list[torch.Tensor], fill: int) -> torch.Tensor:
+            pads = [(prompt - row.prompt_length, rest - len(row) + row.prompt_length) for row in shifted]
+            return torch.stack([F.pad(value, pad, value=fill) for value, pad in zip(values, pads, strict=True)])
+
+        ids = aligned([row.input_ids for row in shifted], self.pad)
+        mask = aligned([torch.ones_like(row.input_ids) for row in shifted], 0)
+        labels = aligned([row.shift_labels for row in shifted], IGNORED_LABEL)
+        offset, behind = self.config.image_token_offset, slice(prompt, None)
+        batch = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(1) - 1).clamp_min(0),
+            "labels": labels,
+            "shift_labels": labels,
+            "prompt_length": prompt if bool((labels[:, :prompt] == IGNORED_LABEL).all()) else 0,
+            "only_codes": bool((labels[:, behind] >= offset).all() and (ids[:, behind] >= offset).all()),
+            "task": "+".join(sorted({row.get("task", "rows") for row in rows})),
+        }
+        return {**batch, **picture_inputs(self.config, ids, [row.image_sizes for row in shifted])}
+
+
+class PackedCollator:
+    """
+    Puts rows one behind the other, without attention between them: positions begin anew, which the library's masks
+    read as packing. Blocks of pictures get numbers that are unique in their row.
+
+    Args:
+        config ([`MarsConfig`]): Of the model.
+        pad_token_id (`int`): Fills up; an example of its own that teaches nothing.
+        max_length (`int`): Tokens of a packed row.
+
+    Raises:
+        ValueError: If a row is longer than `max_length`.
+    """
+
+    def __init__(self, config: MarsConfig, pad_token_id: int, max_length: int):
+        self.config, self.pad, self.max_length = config, pad_token_id, max_length
+
+    def __call__(self, packs: Sequence[Sequence[Row]]) -> dict[str, Any]:
+        """Pack lists of rows, as [`pack_rows`] makes them, one list a packed row; see [`AlignedCollator`]."""
+        lines = [[ShiftedRow.of(row, self.config) for row in pack] for pack in packs]
+        ids = torch.full((len(packs), self.max_length), self.pad)
+        labels = torch.full_like(ids, IGNORED_LABEL)
+        positions = torch.zeros_like(ids)
+        for line, rows in enumerate(lines):
+            start = 0
+            for row in rows:
+                place = slice(start, start + len(row))
+                if place.stop > self.max_length:
+                    raise ValueError(f"A pack of {place.stop} tokens does not fit `max_length={self.max_length}`.")
+                ids[line, place], labels[line, place] = row.input_ids, row.shift_labels
+                positions[line, place] = torch.arange(len(row))
+                start = place.stop
+            positions[line, start:] = torch.arange(self.max_length - start)
+        tasks = {row.get("task", "rows") for pack in packs for row in pack}
+        batch = {
+            "input_ids": ids,
+            "position_ids": positions,
+            "labels": labels,
+            "shift_labels": labels,
+            "task": "+".join(sorted(tasks)),
+        }
+        sizes = [[size for row in rows for size in row.image_sizes] for rows in lines]
+        return {**batch, **picture_inputs(self.config, ids, sizes)}
+
+
+def picture_inputs(
+    config: MarsConfig, input_ids: torch.Tensor, image_sizes: list[list[tuple[int, int]]]
+) -> dict[str, torch.Tensor]:
+    """Give `block_ids` where blocks are longer than a token, and `cells` where the model embeds them."""
+    layout = PictureLayout.of(input_ids, config.image_token_offset, config.image_start_token_id)
+    longest, inputs = int(layout.codes_per_step.max()), {}
+    if longest > 1:
+        inputs["block_ids"] = layout.block_ids
+    if config.cell_embedding and bool((layout.place >= 0).any()):
+        factor = config.downsample_factor
+        grids = [[(height // factor, width // factor) for height, width in row] or [(1, 1)] for row in image_sizes]
+        table = cell_table(grids, longest, config.code_order)
+        inputs["cells"] = look_up_cells(table, layout.picture, layout.place)
+    return inputs
+
+
+def pack_rows(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    """
+    Pack rows by best fit, longest first.
+
+    Args:
+        lengths (`Sequence[int]`): Tokens of each row.
+        max_length (`int`): Tokens of a pack.
+
+    Returns:
+        `list[list[int]]`: Indices of the rows of each pack; every row stands in one.
+
+    Raises:
+        ValueError: If a row is longer than `max_length`.
+
+    Example:
+        >>> pack_rows([3, 6, 4, 5], max_length=9)
+        [[1, 0], [3, 2]]
+    """
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        if lengths[index] > max_length:
+            raise ValueError(
+                f"Row {index} has {lengths[index]} tokens and does not fit a pack of {max_length}: raise `max_length` "
+                "or shorten captions."
+            )
+        fitting = [pack for pack, left in enumerate(room) if left >= lengths[index]]
+        if not fitting:
+            packs.append([])
+            room.append(max_length)
+            fitting = [len(packs) - 1]
+        best = min(fitting, key=lambda pack: room[pack])
+        packs[best].append(index)
+        room[best] -= lengths[index]
+    return packs
+
+
+__all__ = ["AlignedCollator", "PackedCollator", "ShiftedRow", "pack_rows", "picture_inputs"]

@@ -1,0 +1,195 @@
+"""
+The rows of a training run: every index of a [`MixtureDataset`] is a task, a record and the form of its caption, all
+decided by the index and the seed, so that a run that stops and resumes sees the same rows.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from ..processing_mars import MarsProcessor
+from .collation import ShiftedRow, pack_rows
+
+Record = dict[str, Any]
+TASKS = ("text-to-image", "captioning", "documents")
+
+
+@dataclass
+class Source:
+    """
+    Records of one task.
+
+    Args:
+        task (`str`): `"text-to-image"`, `"captioning"` or `"documents"`.
+        share (`float`): Share of batches; shares of all sources are divided by their sum.
+        records (`Sequence[dict]`):
+            With `image_codes` (raster order), `height`, `width` and whatever `write_caption` reads; documents with
+            `segments`, a list of texts and such records.
+        write_caption (`Callable`): `(record, rng) -> str`; not called for documents.
+        weights (`torch.Tensor` of shape `(num,)`, *optional*): How often each record comes; once in a pass if None.
+        code_noise (`float`, defaults to 0.0):
+            Largest share of the codes fed in text-to-image rows that are replaced by random ones (labels are not);
+            each row draws its own share. A picture of a small data set can be told by its first codes: without noise
+            the model comes to lean on them instead of on the prompt, and goes astray on its own drawings.
+        drop_caption (`float`, defaults to 0.1): Share of text-to-image rows whose caption is `<null>`.
+
+    Raises:
+        ValueError: If the task is unknown, there are no records, or a share is impossible.
+    """
+
+    task: str
+    share: float
+    records: Sequence[Record] = field(repr=False)
+    write_caption: Callable[[Record, random.Random], str] | None = None
+    weights: torch.Tensor | None = field(default=None, repr=False)
+    code_noise: float = 0.0
+    drop_caption: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"A task must be one of {', '.join(TASKS)}, got {self.task!r}.")
+        if not len(self.records):
+            raise ValueError(f"A source of {self.task!r} has no records.")
+        for name in ("code_noise", "drop_caption"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` is a share between 0 and 1, got {getattr(self, name)}.")
+        if self.share <= 0:
+            raise ValueError(f"The share of {self.task!r} must be above 0, got {self.share}.")
+
+
+class MixtureDataset(Dataset):
+    """
+    Rows of several sources. Every block of `batch_size` consecutive indices has one source and one K.
+
+    Within each pass over a source every record comes once, in an order of that pass's own; with weights, as often as
+    chance has it.
+
+    Args:
+        processor ([`MarsProcessor`]): Writes prompts, captions and documents.
+        sources (`list[Source]`): What is mixed.
+        batch_size (`int`): Rows of a batch.
+        num_batches (`int`): Batches in all.
+        codes_per_step (`Sequence[int]`, defaults to `(1,)`): K is drawn from these, one for each step.
+        batches_per_step (`int`, defaults to 1):
+            Batches that share a K: processes times accumulation, so that all of a step agree.
+        seed (`int`): Decides all else.
+    """
+
+    def __init__(
+        self,
+        processor: MarsProcessor,
+        sources: Sequence[Source],
+        batch_size: int,
+        num_batches: int,
+        codes_per_step: Sequence[int] = (1,),
+        batches_per_step: int = 1,
+        seed: int = 0,
+    ):
+        self.processor, self.sources = processor, list(sources)
+        self.batch_size, self.num_batches, self.seed = batch_size, num_batches, seed
+        self.codes_per_step, self.batches_per_step = tuple(codes_per_step), batches_per_step
+        total = sum(source.share for source in self.sources)
+        bounds = torch.tensor([source.share / total for source in self.sources], dtype=torch.float64).cumsum(0)
+        draws = torch.tensor([self._chance("source", batch) for batch in range(num_batches)], dtype=torch.float64)
+        self._source = torch.searchsorted(bounds, draws, right=True).clamp_max(len(self.sources) - 1)
+        of_source = torch.nn.functional.one_hot(self._source, len(self.sources))
+        self._before = (of_source.cumsum(0) - of_source).gather(1, self._source[:, None]).squeeze(1)
+        self._orders: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def _chance(self, *names: Any) -> float:
+        digest = hashlib.blake2b("/".join(map(str, (self.seed, *names))).encode(), digest_size=8).digest()
+        return int.from_bytes(digest) / 2**64
+
+    def __len__(self) -> int:
+        return self.num_batches * self.batch_size
+
+    def source_of(self, index: int) -> Source:
+        """Give the source of a row; it is the same for all rows of a batch."""
+        return self.sources[int(self._source[index // self.batch_size])]
+
+    def steps_codes(self, index: int) -> int:
+        """Give the K of a row; it is the same for all rows of a step."""
+        step = index // self.batch_size // self.batches_per_step
+        return self.codes_per_step[int(self._chance("k", step) * len(self.codes_per_step))]
+
+    def record_of(self, index: int) -> Record:
+        """Give the record that a row shows."""
+        batch, place = divmod(index, self.batch_size)
+        number = int(self._source[batch])
+        records, weights = self.sources[number].records, self.sources[number].weights
+        turn, place = divmod(int(self._before[batch]) * self.batch_size + place, len(records))
+        if self._orders.get(number, (-1,))[0] != turn:
+            generator = torch.Generator().manual_seed((self.seed * 1_009 + number) * 100_003 + turn)
+            order = (
+                torch.randperm(len(records), generator=generator)
+                if weights is None
+                else torch.multinomial(weights, len(records), replacement=True, generator=generator)
+            )
+            self._orders[number] = (turn, order)
+        return records[int(self._orders[number][1][place])]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng, source, record = random.Random(f"{self.seed}/{index}"), self.source_of(index), self.record_of(index)
+        if source.task == "documents":
+            row = self.processor.training_document(record["segments"], codes_per_step=self.steps_codes(index))
+            return {**row, "task": source.task}
+        assert source.write_caption is not None
+        drop = source.task == "text-to-image" and rng.random() < source.drop_caption
+        size = (record["height"], record["width"])
+        row = self.processor.training_example(
+            source.task,  # type: ignore[arg-type]
+            source.write_caption(record, rng),
+            record["image_codes"],
+            *size,
+            drop_caption=drop,
+            codes_per_step=self.steps_codes(index),
+        )
+        if source.task == "text-to-image" and source.code_noise:
+            row["input_ids"] = self._with_noise(row["input_ids"], source.code_noise * rng.random(), rng)
+        return {**row, "image_sizes": [size], "task": source.task}
+
+    def _with_noise(self, ids: list[int], share: float, rng: random.Random) -> list[int]:
+        generator = torch.Generator().manual_seed(rng.getrandbits(63))
+        offset, count = self.processor.image_token_offset, self.processor.codebook_size
+        fed = torch.as_tensor(ids)
+        is_code = (fed >= offset) & (fed < offset + count)
+        replaced = is_code & (torch.rand(fed.shape, generator=generator) < share)
+        return torch.where(replaced, torch.randint(count, fed.shape, generator=generator) + offset, fed).tolist()
+
+
+class PackedDataset(Dataset):
+    """
+    Packs of rows of one long sequence of rows, window after window: index `i` is a pack.
+
+    Rows of a window are packed together (see [`pack_rows`]); what the last packs leave free is all that is wasted.
+    A window has as many packs as its rows need; those of a run are counted once, by their lengths.
+
+    Args:
+        rows (`Dataset`): Of rows.
+        config ([`MarsConfig`]): Of the model.
+        max_length (`int`): Tokens of a pack.
+        window (`int`, defaults to 1024): Rows that are packed together.
+    """
+
+    def __init__(self, rows: Dataset, config: Any, max_length: int, window: int = 1024):
+        self.rows, self.config, self.max_length, self.window = rows, config, max_length, window
+        self._packs: list[list[int]] = []
+        count = len(rows)  # type: ignore[arg-type]
+        for start in range(0, count, window):
+            members = range(start, min(start + window, count))
+            lengths = [len(ShiftedRow.of(rows[index], config)) for index in members]
+            self._packs += [[start + place for place in pack] for pack in pack_rows(lengths, max_length)]
+
+    def __len__(self) -> int:
+        return len(self._packs)
+
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        return [self.rows[row] for row in self._packs[index]]
+
+
+__all__ = ["TASKS", "MixtureDataset", "PackedDataset", "Source"]

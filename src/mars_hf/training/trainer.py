@@ -1,0 +1,223 @@
+"""
+`MarsTrainer`: transformers' `Trainer` with what it lacks for MARS, and nothing else.
+
+The loss is computed from hidden states (see `losses.py`). Prompts in front of the first picture have no trainable
+part, so they run without gradient, as a dense call whose keys and values the rest of the row attends to. This is the
+plain forward, exactly. Where the rest is one picture a row, it has one shape for all batches and can be compiled.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import DynamicCache, Trainer, TrainerCallback
+
+from ..modeling_mars import MarsForConditionalGeneration
+from .losses import HeadLoss, LossTerms, neighbouring_codes
+
+TERMS = ("loss", "code", "text", "gate", "num_codes", "num_words")
+
+
+class MarsTrainer(Trainer):
+    """
+    Trains the visual part of a MARS on batches of [`AlignedCollator`] or [`PackedCollator`].
+
+    Each optimizer step is the mean over the labels of all its batches, whatever the accumulation. Logged beside
+    Trainer's own: the loss of each task and its terms, and of the labels the share of codes in use and their
+    perplexity.
+
+    Args:
+        loss_scope (`str`, defaults to `"joint"`):
+            What competes for a label: `"joint"`, all ids as in the paper, or `"grammar"`, what decoding admits.
+        label_spread (`float`, defaults to 0.0): Width of [`neighbouring_codes`]; 0 labels each code alone.
+        chunk_size (`int`, defaults to 2048): See [`HeadLoss`].
+        prompts_without_gradient (`bool`, defaults to `True`):
+            Run prompts as above. Left out by itself on several processes, which must make the same calls, and under
+            gradient checkpointing, which keeps no keys and values.
+        compile_pictures (`bool`, defaults to `False`): Compile what follows the prompts in text-to-image batches.
+
+    Raises:
+        ValueError: If the loss scope is unknown.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        loss_scope: str = "joint",
+        label_spread: float = 0.0,
+        chunk_size: int = 2048,
+        prompts_without_gradient: bool = True,
+        compile_pictures: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        mars = self._mars()
+        spread = neighbouring_codes(mars.vqgan.quantize.embedding.weight, label_spread) if label_spread else None
+        self.head_loss = HeadLoss(loss_scope, spread, chunk_size)
+        self.picture_loss = HeadLoss(loss_scope, spread, chunk_size, all_codes=True)
+        self.model_accepts_loss_kwargs = True  # the labels of a step are counted over all its batches
+        self.prompts_without_gradient = (
+            prompts_without_gradient
+            and self.args.world_size == 1
+            and not (self.args.gradient_checkpointing or mars.is_gradient_checkpointing)
+            and mars.config.use_visual_expert
+        )
+        self._pictures = torch.compile(_picture_terms) if compile_pictures else _picture_terms
+        self._sums: dict[str, torch.Tensor] = {}
+        self._code_counts: torch.Tensor | None = None
+        self.add_callback(FrozenCheck())
+
+    def _mars(self) -> MarsForConditionalGeneration:
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int]:
+        return SequentialSampler(self.train_dataset)  # the data set shuffles itself
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        return [name for name in super().get_decay_parameter_names(model) if "embed" not in name]
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        inputs = dict(inputs)
+        task, labels = inputs.pop("task"), inputs.pop("labels")
+        prompt_length, only_codes = inputs.pop("prompt_length", 0), inputs.pop("only_codes", False)
+        if self.prompts_without_gradient and prompt_length:
+            terms = self._terms_behind_prompts(model, inputs, prompt_length, only_codes)
+        else:
+            terms = model(**inputs, head_loss=self.head_loss)
+        self._note(task, terms, labels)
+        count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = terms.loss / torch.as_tensor(count, device=terms.loss.device).clamp_min(1)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
+        return (loss, terms) if return_outputs else loss
+
+    def _terms_behind_prompts(
+        self, model: torch.nn.Module, inputs: dict[str, Any], prompt_length: int, only_codes: bool
+    ) -> LossTerms:
+        mask, cells = inputs["attention_mask"], inputs.get("cells")
+        prefix = prompt_states(self._mars(), inputs["input_ids"][:, :prompt_length], mask[:, :prompt_length])
+        rest = {name: inputs[name][:, prompt_length:] for name in ("input_ids", "position_ids", "shift_labels")}
+        rest |= {"attention_mask": mask, "block_ids": inputs.get("block_ids")}
+        rest["cells"] = None if cells is None else cells[:, prompt_length:]
+        if only_codes:
+            with self.accelerator.autocast():  # accelerate wraps the model's forward; a compiled call goes past it
+                return self._pictures(self._mars(), prefix, rest, self.picture_loss)
+        return model(**rest, past_key_values=DynamicCache(prefix), head_loss=self.head_loss, use_cache=True)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            path = (
+                Path(self.args.output_dir)
+                / f"bad-batch-{self.state.global_step}-{self.args.process_index}.safetensors"
+            )
+            tensors = {name: value.contiguous() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+            tensors.pop("shift_labels", None)  # the same memory as `labels`
+            save_file(tensors, path)
+            raise FloatingPointError(
+                f"The loss is {loss.item()} in step {self.state.global_step} on {inputs.get('task')}. The batch is in "
+                f"{path}; the last checkpoint is untouched. Lower the learning rate, or look at the batch."
+            )
+        return loss
+
+    @torch.no_grad()
+    def _note(self, task: str, terms: LossTerms, labels: torch.Tensor) -> None:
+        """Add a batch up for the next log, on the device."""
+        kind = task if self.model.training else f"eval_{task}"
+        sums = torch.stack([getattr(terms, name).detach().double() for name in TERMS])
+        self._sums[kind] = self._sums.get(kind, 0) + sums
+        if self.model.training:
+            config = self._mars().config
+            codes = labels[(labels >= config.image_token_offset) & (labels < config.image_start_token_id)]
+            counts = torch.bincount(codes - config.image_token_offset, minlength=config.codebook_size)
+            self._code_counts = counts if self._code_counts is None else self._code_counts + counts
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the losses of tasks and the statistics of codes since the last log."""
+        super().log({**logs, **self._task_logs("eval_loss" in logs)}, start_time)
+
+    def _task_logs(self, is_evaluation: bool) -> dict[str, float]:
+        logs: dict[str, float] = {}
+        kinds = [kind for kind in self._sums if kind.startswith("eval_") == is_evaluation]
+        for kind in sorted(kinds) if self.args.world_size == 1 else []:
+            sums = dict(zip(TERMS, self._sums.pop(kind).tolist(), strict=True))
+            count = max(sums["num_codes"] + sums["num_words"], 1)
+            logs[f"{kind}/loss"] = sums["loss"] / count
+            for term, number in (("code", "num_codes"), ("text", "num_words")):
+                if sums[number]:
+                    logs[f"{kind}/{term}"] = sums[term] / sums[number]
+            if sums["gate"]:
+                logs[f"{kind}/gate"] = sums["gate"] / count
+        if not is_evaluation and self._code_counts is not None and self._code_counts.any():
+            shares = self._code_counts.double() / self._code_counts.sum()
+            logs["codes/used"] = float((shares > 0).double().mean())
+            logs["codes/perplexity"] = float(torch.special.entr(shares).sum().exp())
+            self._code_counts = None
+        return {name: round(value, 4) for name, value in logs.items()}
+
+
+class FrozenCheck(TrainerCallback):
+    """Holds the promise of the frozen part: its weights are the same at the end of a run as at its start."""
+
+    def __init__(self) -> None:
+        self._hashes: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._hashes = frozen_hashes(model)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        now = frozen_hashes(model)
+        changed = sorted(name for name in self._hashes if now.get(name) != self._hashes[name])
+        if changed:
+            raise RuntimeError(f"{len(changed)} frozen weights changed in training, {changed[0]} first.")
+
+
+def frozen_hashes(model: torch.nn.Module) -> dict[str, str]:
+    """Hash every frozen parameter of a model; of a sharded one, this process's share."""
+    hashes = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            raw = local.detach().cpu().contiguous().view(torch.uint8).numpy()
+            hashes[name] = hashlib.sha256(raw.tobytes()).hexdigest()
+    return hashes
+
+
+@torch.no_grad()
+def prompt_states(model: MarsForConditionalGeneration, prompts: torch.Tensor, mask: torch.Tensor) -> list[tuple]:
+    """Give each layer's keys and values of left-padded prompts `(batch, seq)`; nothing in them is trained."""
+    cache = DynamicCache(config=model.config)
+    is_text = not bool((prompts >= model.config.image_token_offset).any())
+    model.model(
+        prompts,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+        past_key_values=cache,
+        modality="text" if is_text else None,
+        use_cache=True,
+    )
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _picture_terms(
+    model: MarsForConditionalGeneration, prefix: list[tuple], rest: dict[str, Any], head_loss: HeadLoss
+) -> LossTerms:
+    return model(**rest, past_key_values=DynamicCache(prefix), modality="image", use_cache=True, head_loss=head_loss)
+
+
+__all__ = ["FrozenCheck", "MarsTrainer", "frozen_hashes", "prompt_states"]

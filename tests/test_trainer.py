@@ -1,0 +1,341 @@
+"""MarsTrainer against plain forwards of single rows; packing, accumulation, resumption, faults."""
+
+import copy
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import TrainerCallback, TrainingArguments
+
+from mars_hf.modeling_mars import is_visual_parameter
+from mars_hf.training.collation import AlignedCollator, PackedCollator, ShiftedRow, pack_rows
+from mars_hf.training.mixture import MixtureDataset, PackedDataset, Source
+from mars_hf.training.muon import muon_with_adamw
+from mars_hf.training.trainer import MarsTrainer
+
+TEXT = {"vocab_size": 264, "eos_token_id": 256, "pad_token_id": 256, "max_position_embeddings": 128}
+
+
+@pytest.fixture
+def make_tiny(make_model):
+    def make(**changes):
+        return make_model(text=TEXT, **changes)
+
+    return make
+
+
+def records(count=8, height=12, width=8):
+    rng = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 40, (count, height * width // 16), generator=rng).tolist()
+    return [
+        {"image_codes": row, "height": height, "width": width, "caption": "abcdefgh"[: n + 1]}
+        for n, row in enumerate(codes)
+    ]
+
+
+def caption(record, rng):
+    return record["caption"]
+
+
+def sources():
+    stories = [
+        {"segments": ["one\n", record, "two\n", records(height=8)[n], "end"]} for n, record in enumerate(records())
+    ]
+    return [
+        Source("text-to-image", 0.5, records(), caption, code_noise=0.5, drop_caption=0.0),
+        Source("captioning", 0.25, records(height=8), caption),
+        Source("documents", 0.25, stories),
+    ]
+
+
+def mixture(processor, batch_size=2, num_batches=8, **options):
+    return MixtureDataset(processor, sources(), batch_size, num_batches, **options)
+
+
+def arguments(folder, **changes):
+    settings = {"max_steps": 6, "per_device_train_batch_size": 2, "save_steps": 3, "logging_steps": 1, **changes}
+    return TrainingArguments(
+        str(folder), report_to=[], use_cpu=True, disable_tqdm=True, remove_unused_columns=False, **settings
+    )
+
+
+def trainer_of(model, data, folder, collate=None, processor=None, **options):
+    changes = options.pop("changes", {})
+    collate = collate or AlignedCollator(model.config, pad_token_id=256, prompt_multiple=5)
+    return MarsTrainer(
+        model=model, args=arguments(folder, **changes), train_dataset=data, data_collator=collate, **options
+    )
+
+
+def plain_loss(model, rows, k):
+    """Whole logits of one row after the other, labels shifted by hand: by K in pictures."""
+    total, count, config = 0.0, 0, model.config
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        logits = model(ids, codes_per_step=k, image_sizes=torch.tensor([row["image_sizes"]])).logits[0]
+        run, drawn = 0, 0  # `<img>` and codes since the last `<img>` run began
+        for place, token in enumerate(row["input_ids"]):
+            run = run + 1 if token == config.image_start_token_id else run
+            is_code = config.image_token_offset <= token < config.image_start_token_id
+            drawn = drawn + 1 if is_code else 0
+            target = place + (k if is_code or token == config.image_start_token_id else 1)
+            if target < len(row["labels"]) and row["labels"][target] != -100:
+                inside = all(
+                    config.image_token_offset <= one <= config.image_start_token_id
+                    for one in row["input_ids"][place : target + 1]
+                )
+                if inside or target == place + 1:
+                    total = total + F.cross_entropy(
+                        logits[place], torch.tensor(row["labels"][target]), reduction="sum"
+                    )
+                    count += 1
+    return total / count
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal_gradients(mine, plain, tolerance=1e-9):
+    for name in mine.keys() | plain.keys():
+        empty = torch.zeros(())
+        a, b = mine.get(name, empty), plain.get(name, empty)
+        assert (a - b).abs().max() < tolerance, name
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("with_cells", [False, True])
+@pytest.mark.parametrize("task", ["text-to-image", "captioning", "documents"])
+def test_the_loss_and_its_gradients_are_those_of_whole_rows(make_tiny, tiny_processor, tmp_path, k, with_cells, task):
+    cells = {"cell_embedding": True, "max_grid_size": 8} if with_cells else {}
+    model = make_tiny(codes_per_step=[1, 3], **cells).double()
+    if with_cells:
+        for table in model.model.visual_cell_embedding.parameters():
+            torch.nn.init.normal_(table)
+    (source,) = [source for source in sources() if source.task == task]
+    data = MixtureDataset(tiny_processor, [source], batch_size=3, num_batches=1, codes_per_step=[k])
+    rows = [data[index] for index in range(3)]
+    trainer = trainer_of(model, data, tmp_path)
+    loss = trainer.compute_loss(model, trainer.data_collator(rows))
+    loss.backward()
+    mine = gradients(model)
+    model.zero_grad()
+    plain = plain_loss(model, rows, k)
+    plain.backward()
+    assert abs(loss - plain) < 1e-9
+    assert_equal_gradients(mine, gradients(model))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_packed_rows_have_the_loss_of_rows_by_themselves(make_tiny, tiny_processor, tmp_path, k):
+    model = make_tiny(codes_per_step=[1, 3]).double()
+    data = mixture(tiny_processor, codes_per_step=[k])
+    rows = [data[index] for index in range(16)]
+    packs = [
+        [rows[i] for i in pack] for pack in pack_rows([len(ShiftedRow.of(row, model.config)) for row in rows], 64)
+    ]
+    collate = PackedCollator(model.config, 256, 64)
+    trainer = trainer_of(model, data, tmp_path, collate)
+    loss = trainer.compute_loss(model, collate(packs))
+    loss.backward()
+    mine = gradients(model)
+    model.zero_grad()
+    plain = plain_loss(model, rows, k)
+    plain.backward()
+    assert len(packs) < 16 and abs(loss - plain) < 1e-9
+    assert_equal_gradients(mine, gradients(model))
+
+
+def test_packs_hold_every_row_once_and_waste_little():
+    rng = random.Random(0)
+    lengths = [rng.randint(20, 120) for _ in range(1024)]
+    packs = pack_rows(lengths, 512)
+    assert sorted(row for pack in packs for row in pack) == list(range(1024))
+    assert all(sum(lengths[row] for row in pack) <= 512 for pack in packs)
+    assert sum(lengths) > 0.98 * 512 * len(packs)
+    with pytest.raises(ValueError, match="Row 1 has 9 tokens.*pack of 8"):
+        pack_rows([3, 9], 8)
+
+
+def test_a_packed_data_set_shows_every_row_of_a_mixture_once(make_tiny, tiny_processor):
+    data = mixture(tiny_processor)
+    packed = PackedDataset(data, make_tiny().config, max_length=64, window=6)
+    seen = [tuple(row["input_ids"]) for index in range(len(packed)) for row in packed[index]]
+    assert sorted(seen) == sorted(tuple(data[index]["input_ids"]) for index in range(len(data)))
+
+
+def test_accumulated_batches_step_as_one_batch(make_tiny, tiny_processor, tmp_path):
+    """Eight batches of one row and one batch of eight: tasks of unequal label counts in both."""
+    start, moved = make_tiny().double(), []
+    for batch, accumulation in ((1, 8), (8, 1)):
+        model = copy.deepcopy(start)
+        data = mixture(tiny_processor, batch_size=1, num_batches=16)
+        changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": 2}
+        trainer_of(
+            model, data, tmp_path / str(batch), changes={**changes, "optim": "sgd", "learning_rate": 0.5}
+        ).train()
+        moved.append(dict(model.named_parameters()))
+    for name, parameter in moved[0].items():
+        assert (parameter - moved[1][name]).abs().max() < 1e-6, name
+    assert any((p - start.get_parameter(n)).abs().max() > 1e-4 for n, p in moved[0].items())
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.mark.parametrize("with_muon", [False, True])
+def test_a_resumed_run_equals_an_uninterrupted_one_and_moves_the_visual_part_only(
+    make_tiny, tiny_processor, tmp_path, with_muon
+):
+    start, data = make_tiny(), mixture(tiny_processor, codes_per_step=[1, 2])
+    muon = {"optimizer_cls_and_kwargs": (lambda: muon_with_adamw, {"muon_learning_rate": 6e-3, "learning_rate": 3e-3})}
+
+    def train(folder, stop_after=99, resume=None):
+        model = copy.deepcopy(start)
+        options = {**(muon if with_muon else {}), "loss_scope": "grammar", "label_spread": 0.5}
+        trainer = trainer_of(model, data, folder, callbacks=[StopAfter(stop_after)], **options)
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    whole = train(tmp_path / "a")
+    train(tmp_path / "b", stop_after=3)
+    resumed = train(tmp_path / "b", resume=str(tmp_path / "b" / "checkpoint-3"))
+    before = dict(start.named_parameters())
+    for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    moved = {name for name, a in whole.named_parameters() if not torch.equal(a, before[name])}
+    assert moved == {name for name in before if is_visual_parameter(name)}
+
+
+def test_logs_tell_the_loss_of_each_task_and_how_many_codes_are_in_use(make_tiny, tiny_processor, tmp_path):
+    model, data = make_tiny(), mixture(tiny_processor, num_batches=16)
+    trainer = trainer_of(model, data, tmp_path, changes={"logging_steps": 16, "max_steps": 16})
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    tasks = {data.source_of(2 * step).task for step in range(16)}
+    assert {name.split("/")[0] for name in logs if name.endswith("/loss")} == tasks
+    assert "documents/text" in logs and "text-to-image/text" not in logs and logs["text-to-image/gate"] > 0
+    labels = torch.cat([trainer.data_collator([data[i], data[i + 1]])["labels"].flatten() for i in range(0, 32, 2)])
+    codes = labels[labels >= model.config.image_token_offset]
+    codes = codes[codes < model.config.image_start_token_id]
+    assert abs(logs["codes/used"] - len(codes.unique()) / 40) < 1e-4
+
+
+def test_gradient_checkpointing_changes_no_gradient(make_tiny, tiny_processor, tmp_path):
+    data, found = mixture(tiny_processor), []
+    start = make_tiny().double()
+    for checkpointing in (False, True):
+        model = copy.deepcopy(start)
+        trainer = trainer_of(model, data, tmp_path, changes={"gradient_checkpointing": checkpointing})
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train()
+        trainer.compute_loss(model, trainer.data_collator([data[0], data[1]])).backward()
+        found.append(gradients(model))
+    assert_equal_gradients(*found, tolerance=1e-9)
+
+
+def test_a_batch_of_text_alone_trains_nothing_and_breaks_nothing(make_tiny, tmp_path):
+    model = make_tiny()
+    trainer = trainer_of(model, [], tmp_path)
+    words = {"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8], "image_sizes": [], "task": "text"}
+    trainer.prompts_without_gradient = False
+    loss = trainer.compute_loss(model, trainer.data_collator([words, words]))
+    loss.backward()
+    assert loss == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_batch(make_tiny, tiny_processor, tmp_path):
+    model, data = make_tiny(), mixture(tiny_processor)
+    calls = []
+
+    def spoil(module, inputs, output):
+        calls.append(1)
+        return output * torch.nan if len(calls) > 5 else output
+
+    model.model.norm.register_forward_hook(spoil)
+    trainer = trainer_of(model, data, tmp_path, changes={"save_steps": 1})
+    with pytest.raises(FloatingPointError, match="last checkpoint is untouched"):
+        trainer.train()
+    (kept,) = tmp_path.glob("bad-batch-*.safetensors")
+    step = trainer.state.global_step
+    expected = trainer.data_collator([data[2 * step], data[2 * step + 1]])
+    assert torch.equal(load_file(kept)["input_ids"], expected["input_ids"])
+    assert (tmp_path / f"checkpoint-{step}" / "trainer_state.json").exists()
+
+
+def test_a_frozen_weight_that_moves_is_found(make_tiny, tiny_processor, tmp_path):
+    class Touch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            model.model.embed_tokens.weight.data[0] += 1
+
+    trainer = trainer_of(make_tiny(), mixture(tiny_processor), tmp_path, callbacks=[Touch()])
+    with pytest.raises(RuntimeError, match="frozen weights changed.*model.embed_tokens.weight"):
+        trainer.train()
+
+
+def test_evaluation_gives_the_loss_of_each_task(make_tiny, tiny_processor, tmp_path):
+    model, data = make_tiny(), mixture(tiny_processor)
+    trainer = trainer_of(model, data, tmp_path, eval_dataset=data, changes={"per_device_eval_batch_size": 2})
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] > 0 and "eval_captioning/loss" in trainer.state.log_history[-1]
+
+
+# ---- mixtures
+
+
+def test_shares_of_batches_are_those_asked_for_and_all_rows_of_a_batch_have_one_task(tiny_processor):
+    data = mixture(tiny_processor, batch_size=4, num_batches=2000, codes_per_step=[1, 2, 3], batches_per_step=2)
+    tasks = [data.source_of(4 * batch).task for batch in range(2000)]
+    assert abs(tasks.count("text-to-image") / 2000 - 0.5) < 0.04
+    assert all(data.source_of(4 * batch + 3).task == tasks[batch] for batch in range(2000))
+    ks = [data.steps_codes(4 * batch) for batch in range(2000)]
+    assert ks[::2] == ks[1::2] and abs(ks.count(3) / 2000 - 1 / 3) < 0.04
+
+
+def test_every_pass_shows_every_record_once_in_an_order_of_its_own(tiny_processor):
+    data = MixtureDataset(tiny_processor, [Source("captioning", 1.0, records(6), caption)], 3, num_batches=4)
+    passes = [[data.record_of(index)["caption"] for index in range(start, start + 6)] for start in (0, 6)]
+    assert (
+        sorted(passes[0]) == sorted(passes[1]) == sorted(r["caption"] for r in records(6)) and passes[0] != passes[1]
+    )
+    assert [data.record_of(index)["caption"] for index in range(6)] == passes[0]
+
+
+def test_noise_replaces_fed_codes_and_no_label(tiny_processor):
+    source = Source("text-to-image", 1.0, records(4), caption, code_noise=0.5, drop_caption=0.5)
+    data = MixtureDataset(tiny_processor, [source], 2, num_batches=60)
+    shares, dropped = [], 0
+    for index in range(len(data)):
+        row = data[index]
+        labels = torch.tensor(row["labels"])
+        fed = torch.tensor(row["input_ids"])[labels != -100]
+        assert row == data[index]
+        assert (labels[labels != -100] - tiny_processor.image_token_offset).tolist() == data.record_of(index)[
+            "image_codes"
+        ]
+        shares.append((fed != labels[labels != -100]).float().mean().item())
+        dropped += row["input_ids"][0] >= tiny_processor.image_token_offset
+    assert 0.18 < sum(shares) / len(shares) < 0.31  # shares are uniform between 0 and 0.5
+    assert 40 < dropped < 80
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "drawing"}, "text-to-image, captioning, documents.*'drawing'"),
+        ({"share": 0}, "share of 'captioning'.*above 0"),
+        ({"records": []}, "no records"),
+        ({"code_noise": 1.5}, "`code_noise`.*between 0 and 1, got 1.5"),
+    ],
+)
+def test_impossible_sources_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Source(**{"task": "captioning", "share": 1.0, "records": records(), "write_caption": caption, **change})
