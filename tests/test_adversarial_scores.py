@@ -22,7 +22,7 @@ def test_no_logits_lead_out_of_the_codebook(model, k, mode, seed):
     rng = torch.Generator().manual_seed(seed)
 
     def adversarial(module, inputs, logits):
-        kinds = torch.randint(0, 5, (*logits.shape[:2], 1), generator=rng)
+        kinds = torch.randint(0, 5, (*logits.shape[:-1], 1), generator=rng)
         noise = torch.randn(logits.shape, generator=rng)
         spikes = noise.masked_fill(torch.rand(logits.shape, generator=rng) < 0.05, torch.inf)
         holes = noise.masked_fill(torch.rand(logits.shape, generator=rng) < 0.9, -torch.inf)

@@ -71,7 +71,8 @@ def test_shared_labels_are_soft_cross_entropy_among_codes(model):
     offset, targets = model.config.image_token_offset, shifted(labels)
     is_code = (targets >= offset) & (targets < offset + 40)
     logits = model(ids).logits[is_code][:, offset : offset + 40]
-    assert abs(terms.code - F.cross_entropy(logits, shares[targets[is_code] - offset].double(), reduction="sum")) < 1e-9
+    expected = F.cross_entropy(logits, shares[targets[is_code] - offset].double(), reduction="sum")
+    assert abs(terms.code - expected) < 1e-9
 
 
 def test_positions_promised_to_be_codes_give_the_same_loss(model):

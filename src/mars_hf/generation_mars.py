@@ -45,12 +45,13 @@ from .drawing_mars import (
     position_ids_of,
 )
 from .image_processing_mars import check_image_size
+from .speculation_mars import SpeculativeDrawing
 from .streaming_mars import ImageStreamer
 
 logger = logging.get_logger(__name__)
 
 GENERATION_MODES = ("text", "image", "interleaved")
-CACHE_LENGTH_MULTIPLE = 256  # of static caches
+CACHE_LENGTH_MULTIPLE = 128  # of static caches
 IMAGE_SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "guidance_scale")
 # What the drawing loop would not honour, and therefore refuses.
 NOT_IN_IMAGE_MODE = (
@@ -78,6 +79,7 @@ DRAWING_ARGUMENTS = (
     "negative_attention_mask",
     "codes_per_step",
     "code_order",
+    "jacobi_window",
     "initial_codes",
     "image_kwargs",
     "guidance_schedule",
@@ -162,6 +164,11 @@ class MarsGenerationMixin(GenerationMixin):
             codes_per_step (`int`, *optional*):
                 Codes that one step draws (next-K-token prediction). Defaults to the configuration's first.
             code_order (`str`, *optional*): Checked against the configuration's.
+            jacobi_window (`int`, *optional*):
+                Image mode with one code a step: guess so many codes ahead and let one forward check them all
+                (speculative Jacobi decoding), so that up to `jacobi_window + 1` codes come of it. Pictures have the
+                distribution that they have without it, though a seed gives another one; greedy ones are the same.
+                Rows wait for the slowest one of their batch. 0 or None is off.
             image_kwargs (`dict`, *optional*):
                 Interleaved mode: `do_sample`, `temperature`, `top_k`, `top_p`, `min_p` and `guidance_scale` of
                 pictures, over `generation_config.image_defaults`; outside it they hold for words.
@@ -218,7 +225,7 @@ class MarsGenerationMixin(GenerationMixin):
 
     def _prepare_writing(self, input_ids: torch.Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Give a call of text mode its grammar: the vision head is not even computed."""
-        for name in ("generator", "guidance_scale"):
+        for name in ("generator", "guidance_scale", "jacobi_window"):
             if kwargs.get(name) is not None:
                 raise ValueError(f'`{name}` belongs to `generation_mode="image"`, but this call writes text.')
         kwargs = {name: value for name, value in kwargs.items() if name not in DRAWING_ARGUMENTS}
@@ -237,6 +244,7 @@ class MarsGenerationMixin(GenerationMixin):
         sizes = self._image_sizes(len(input_ids), kwargs.pop("height", None), kwargs.pop("width", None), kwargs)
         grids = self._grids(input_ids, sizes)
         k = self._check_steps(setting("codes_per_step"), setting("code_order"), grids)
+        window = self._check_window(setting("jacobi_window"), k, setting("cache_implementation"))
         self._check_initial_codes(kwargs.get("initial_codes"), grids)
         num_codes = max(height * width for height, width in grids)
         needed = num_codes + k + 1
@@ -251,7 +259,8 @@ class MarsGenerationMixin(GenerationMixin):
         asked = self._asked_length(input_ids, kwargs)
         if asked is not None and asked < needed:
             raise ValueError(f"The picture needs {needed} new tokens, but only {asked} are allowed.")
-        return {**kwargs, "image_sizes": sizes, "max_new_tokens": needed, "codes_per_step": k}
+        steps = {"codes_per_step": k, "jacobi_window": window}
+        return {**kwargs, **steps, "image_sizes": sizes, "max_new_tokens": needed}
 
     def _setting_reader(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> Callable:
         def setting(name: str, default: Any = None) -> Any:
@@ -291,6 +300,10 @@ class MarsGenerationMixin(GenerationMixin):
         input_ids = self._require_drawable("interleaved", input_ids, setting)
         if kwargs.pop("initial_codes", None) is not None:
             raise ValueError('`initial_codes` belong to `generation_mode="image"`: pictures of a document begin anew.')
+        if setting("jacobi_window"):
+            raise ValueError(
+                '`jacobi_window` belongs to `generation_mode="image"`: in a document rows differ in step.'
+            )
         config = self.config
         layout = PictureLayout.of(input_ids, config.image_token_offset, config.image_start_token_id)
         if bool((layout.place[:, -1] >= 0).any()):
@@ -339,6 +352,27 @@ class MarsGenerationMixin(GenerationMixin):
                 "expect poor pictures."
             )
         return k
+
+    @staticmethod
+    def _check_window(window: int | None, k: int, cache_implementation: str | None) -> int:
+        """Give the number of codes to guess ahead, 0 for none; refuse what cannot be taken back or is no number."""
+        if not window:
+            return 0
+        if not isinstance(window, int) or window < 1:
+            raise ValueError(
+                f"`jacobi_window` must be a whole number of codes, 1 or more, or 0 for none, got {window}."
+            )
+        if k > 1:
+            raise ValueError(
+                f"`jacobi_window={window}` guesses ahead of one code a step, but `codes_per_step` is {k}. Leave one of "
+                "them out, or set `codes_per_step=1` with a checkpoint that was trained for it."
+            )
+        if cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"`jacobi_window={window}` takes wrong guesses out of the cache again, which a cache of "
+                f"`cache_implementation={cache_implementation!r}` does not do. Leave one of them out."
+            )
+        return window
 
     def _check_initial_codes(self, initial_codes: Any, grids: list[tuple[int, int]]) -> None:
         """Refuse beginnings of pictures that do not fit them."""
@@ -426,13 +460,14 @@ class MarsGenerationMixin(GenerationMixin):
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any):
         mode, generator = kwargs.pop("generation_mode", "text"), kwargs.pop("generator", None)
         k, initial_codes = kwargs.pop("codes_per_step", 1), kwargs.pop("initial_codes", None)
+        window = kwargs.pop("jacobi_window", 0)
         image_settings = kwargs.pop("image_settings", None)
         schedule, interval = kwargs.pop("guidance_schedule", None), kwargs.pop("guidance_interval", None)
         kwargs.pop("code_order", None)  # checked: it is the configuration's
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         generation_config.generation_mode, generation_config.generator = mode, generator
         generation_config.codes_per_step, generation_config.initial_codes = k, initial_codes
-        generation_config.image_settings = image_settings
+        generation_config.jacobi_window, generation_config.image_settings = window, image_settings
         generation_config.guidance_schedule = schedule or "constant"
         generation_config.guidance_interval = tuple(interval or (0.0, 1.0))
         generation_config.image_guidance_scale = 1.0
@@ -517,7 +552,8 @@ class MarsGenerationMixin(GenerationMixin):
         shared = (generation_config, synced_gpus, streamer)
         try:
             if generation_config.generation_mode == "image":
-                return self._draw(input_ids, logits_processor, *shared, **model_kwargs)
+                draw = self._draw_speculatively if generation_config.jacobi_window else self._draw
+                return draw(input_ids, logits_processor, *shared, **model_kwargs)
             return self._interleave(input_ids, logits_processor, stopping_criteria, *shared, **model_kwargs)
         finally:
             if streamer is not None:
@@ -535,19 +571,11 @@ class MarsGenerationMixin(GenerationMixin):
         **model_kwargs,
     ):
         """Draw one picture a row: prefill the prompt, feed `<img>` K times, then block after block of K codes."""
-        k, scale = generation_config.codes_per_step, generation_config.image_guidance_scale
-        grids = self._grids(input_ids, image_sizes)
-        rows, mask = self._prompt_rows(input_ids, scale != 1.0, **model_kwargs)
+        k, grids = generation_config.codes_per_step, self._grids(input_ids, image_sizes)
+        drawing = Drawing(self.config, grids, k, self._pad_id(generation_config), input_ids.device)
         step_inputs = {"past_key_values": past_key_values, "use_cache": True, "vocabulary": "visual"}
-        self._prefill_prompt(rows, mask, synced_gpus, codes_per_step=k, logits_to_keep=1, **step_inputs)
-
-        drawing = Drawing(self.config, grids, k, self._pad_id(generation_config), device=input_ids.device)
-        context = DrawingContext(mask, k, copies=len(rows) // len(input_ids))
-        step = drawing.start(generation_config.initial_codes)
-        if isinstance(streamer, ImageStreamer):
-            before = (input_ids == self.config.image_end_token_id).sum(1).tolist()
-            streamer.begin([[grid] for grid in grids], before, k, self.config)
-        self._stream(streamer, drawing.picture[:, : k + step * k])
+        shared = (generation_config, synced_gpus, streamer, step_inputs)
+        context, step = self._begin_drawing(drawing, input_ids, *shared, **model_kwargs)
         scores_kept: list[torch.Tensor] = []
         faults = Faults(input_ids)
         call = self._step_call(generation_config, **step_inputs)
@@ -566,12 +594,102 @@ class MarsGenerationMixin(GenerationMixin):
                 drawing.cut()
                 break
         faults.refuse()
+        return self._end_drawing(drawing, input_ids, generation_config, streamer, scores_kept, past_key_values)
+
+    def _draw_speculatively(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool,
+        streamer,
+        past_key_values,
+        image_sizes: torch.Tensor,
+        **model_kwargs,
+    ):
+        """Draw one picture a row, several codes a forward where drafts of them hold; see `speculation_mars.py`."""
+        self._require_blind(logits_processor)
+        grids, window = self._grids(input_ids, image_sizes), generation_config.jacobi_window
+        drawing = SpeculativeDrawing(self.config, grids, window, self._pad_id(generation_config), input_ids.device)
+        step_inputs = {"past_key_values": past_key_values, "use_cache": True, "vocabulary": "visual"}
+        shared = (generation_config, synced_gpus, streamer, step_inputs)
+        context, place = self._begin_drawing(drawing, input_ids, *shared, **model_kwargs)
+        past_key_values.activate_past_recording()  # layers with a sliding window keep what a crop brings back
+        do_sample, generator = generation_config.do_sample, generation_config.generator
+        scores_kept: list[torch.Tensor] = []
+        faults = Faults(input_ids)
+        faults.present = place
+        while self._has_unfinished_sequences(place >= drawing.total, synced_gpus, device=input_ids.device):
+            slots, certain = drawing.draft(place), 1
+            inputs = context.feed(*drawing.tokens_until(place + slots - 1))
+            logits = self(**inputs, **step_inputs, modality="image", logits_to_keep=slots).logits
+            if place < drawing.total:
+                guidance = self._guidance(generation_config, drawing.progress(place, slots))
+                scores = self._code_scores(logits, guidance, input_ids, drawing.emitted, logits_processor)
+                certain = drawing.settle(place, scores, do_sample, generator)
+                context.take_back(slots - certain)
+                past_key_values.crop(certain - slots)
+                for slot in scores[:, :certain].unbind(1):
+                    faults.look(slot)
+                    faults.present += 1
+                    if generation_config.return_dict_in_generate and generation_config.output_scores:
+                        scores_kept.append(self._widen(slot))
+                self._stream(streamer, drawing.picture[:, 1 + place : 1 + place + certain])
+            place += certain
+            if getattr(streamer, "cancelled", False):
+                drawing.cut()
+                break
+        faults.refuse()
+        return self._end_drawing(drawing, input_ids, generation_config, streamer, scores_kept, past_key_values)
+
+    @staticmethod
+    def _require_blind(logits_processor: LogitsProcessorList) -> None:
+        """Refuse processors that may look at what is drawn: the scores of drafts come before it is certain."""
+        for processor in logits_processor:
+            if not isinstance(processor, VOCABULARY_BLIND):
+                raise ValueError(
+                    f"`jacobi_window` scores codes before those in front of them are certain, which "
+                    f"{type(processor).__name__} may ask for. Leave one of them out; what works with it: "
+                    f"{', '.join(kind.__name__ for kind in VOCABULARY_BLIND)}."
+                )
+
+    def _begin_drawing(
+        self,
+        drawing: Drawing,
+        input_ids: torch.Tensor,
+        generation_config: GenerationConfig,
+        synced_gpus: bool,
+        streamer,
+        step_inputs: dict[str, Any],
+        **model_kwargs,
+    ) -> tuple[DrawingContext, int]:
+        """Prefill the prompts; give the context of what follows and the first step that has something to draw."""
+        k, is_guided = generation_config.codes_per_step, generation_config.image_guidance_scale != 1.0
+        rows, mask = self._prompt_rows(input_ids, is_guided, **model_kwargs)
+        self._prefill_prompt(rows, mask, synced_gpus, codes_per_step=k, logits_to_keep=1, **step_inputs)
+        step = drawing.start(generation_config.initial_codes)
+        if isinstance(streamer, ImageStreamer):
+            before = (input_ids == self.config.image_end_token_id).sum(1).tolist()
+            streamer.begin([[grid] for grid in drawing.grids], before, k, self.config)
+        self._stream(streamer, drawing.picture[:, : k + step * k])
+        return DrawingContext(mask, k, copies=len(rows) // len(input_ids)), step
+
+    def _end_drawing(
+        self,
+        drawing: Drawing,
+        input_ids: torch.Tensor,
+        generation_config: GenerationConfig,
+        streamer,
+        scores: list[torch.Tensor],
+        past_key_values,
+    ):
+        """Close the pictures and give what `generate` returns."""
         self._stream(streamer, drawing.picture[:, -1:])
         sequences = torch.cat([input_ids, drawing.picture], dim=1)
         if not generation_config.return_dict_in_generate:
             return sequences
         return GenerateDecoderOnlyOutput(
-            sequences=sequences, scores=tuple(scores_kept) or None, past_key_values=past_key_values
+            sequences=sequences, scores=tuple(scores) or None, past_key_values=past_key_values
         )
 
     def _interleave(
@@ -609,7 +727,7 @@ class MarsGenerationMixin(GenerationMixin):
                 faults.look(words)
             token = self._pick_words(words, written, generation_config)
             visual = logits if only_codes else logits[..., config.image_token_offset :]
-            guidance = self._guidance(generation_config, document.progress)
+            guidance = self._guidance(generation_config, document.progress[:, None])
             scores = self._code_scores(visual, guidance, written, written[:, :0], warpers)
             faults.look(scores)
             codes = pick_codes(scores, generation_config.image_settings["do_sample"], generation_config.generator)
@@ -646,7 +764,7 @@ class MarsGenerationMixin(GenerationMixin):
             if not (do_sample and isinstance(generator, list)):
                 return written[:, -1]
             # A row's chance must not depend on what other rows are doing: it throws its dice all the same.
-            scores = torch.zeros(len(written), self.config.vocab_size, device=written.device)
+            scores = torch.zeros(len(written), 1, device=written.device)
         return pick_codes(scores[:, None], do_sample, generator).squeeze(1)
 
     def _step_call(self, generation_config: GenerationConfig, **step_inputs: Any) -> Callable:
@@ -800,7 +918,8 @@ class MarsGenerationMixin(GenerationMixin):
 
         Args:
             logits (`torch.Tensor` of shape `(rows, slots, num_visual_tokens)`): Of the slots of one step.
-            guidance (`torch.Tensor` of shape `(batch,)`, *optional*): Its strength; `None` is none.
+            guidance (`torch.Tensor` of shape `(batch, 1)` or `(batch, slots)`, *optional*):
+                Its strength; `None` is none.
             drawn (`torch.LongTensor` of shape `(batch, drawn)`): What of the picture is there already.
 
         Returns:
@@ -809,7 +928,7 @@ class MarsGenerationMixin(GenerationMixin):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if guidance is not None:
             conditional, unconditional = logits.chunk(2)
-            logits = guided(conditional, unconditional, guidance[:, None, None].to(logits))
+            logits = guided(conditional, unconditional, guidance[..., None].to(logits))
         slots = logits.shape[1]
         scores = logits[..., : self.config.codebook_size].flatten(0, 1)
         if all(isinstance(processor, VOCABULARY_BLIND) for processor in logits_processor):
@@ -820,7 +939,7 @@ class MarsGenerationMixin(GenerationMixin):
 
     @staticmethod
     def _guidance(generation_config: GenerationConfig, progress: torch.Tensor) -> torch.Tensor | None:
-        """Strength of guidance `(batch,)` at a progress `(batch,)`; `None` where there are no unconditional rows."""
+        """Strength of guidance at a progress, of one shape; `None` where there are no unconditional rows."""
         scale = generation_config.image_guidance_scale
         if scale == 1.0:
             return None
