@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from mars_hf.data import emoji
+from mars_hf.training.recipe import RECIPES
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.integration
@@ -67,8 +69,16 @@ def test_the_training_scripts_lead_from_data_to_a_drawing(tmp_path: Path, make_t
     data = ("emoji-64", "emoji-128")
     said = script("train_vqgan.py", "--data", *data, "--out", "vqgan", "--max-steps", "2", "--batch-size", "2")
     assert "test, 128 px" in said
-    stage = ("--text", "text", "--vqgan", "vqgan", "--data", "emoji-64", "--out", "stage1", "--batch-size", "2")
-    script("train_alignment.py", *stage, "--max-steps", "2")
+    encode = ("data", "encode", "--model", "vqgan", "--data", "emoji-64", "--out", "emoji-64-codes")
+    run(sys.executable, "-m", "mars_hf.cli", *encode, cwd=tmp_path)
+    recipe = yaml.safe_load((RECIPES / "emoji" / "stage1.yaml").read_text())
+    recipe["model"] |= {"text": "text", "vqgan": "vqgan"}
+    for source in recipe["data"]:
+        source["source"] = "emoji-64-codes"
+    recipe["training"] |= {"max_steps": 2, "per_device_train_batch_size": 2, "warmup_steps": 0}
+    recipe["training"]["lr_scheduler_kwargs"]["num_decay_steps"] = 1
+    (tmp_path / "stage1.yaml").write_text(yaml.safe_dump(recipe))
+    script("train.py", "stage1.yaml", "--out", "stage1")
     export = ("export", "mars", "--model", "stage1/final", "--weights-dtype", "bfloat16")
     run(sys.executable, "-m", "mars_hf.cli", *export, cwd=tmp_path)
     draw = ("generate", "square 3", "--out", "drawn.png", "--model", "mars")

@@ -246,7 +246,6 @@ def test_a_batch_of_text_alone_trains_nothing_and_breaks_nothing(make_tiny, tmp_
     model = make_tiny()
     trainer = trainer_of(model, [], tmp_path)
     words = {"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8], "image_sizes": [], "task": "text"}
-    trainer.prompts_without_gradient = False
     loss = trainer.compute_loss(model, trainer.data_collator([words, words]))
     loss.backward()
     assert loss == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
@@ -286,6 +285,19 @@ def test_evaluation_gives_the_loss_of_each_task(make_tiny, tiny_processor, tmp_p
     trainer = trainer_of(model, data, tmp_path, eval_dataset=data, changes={"per_device_eval_batch_size": 2})
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] > 0 and "eval_captioning/loss" in trainer.state.log_history[-1]
+
+
+def test_muon_takes_the_matrices_of_layers_and_adamw_all_else_that_trains(make_model):
+    model = make_model()
+    chain = muon_with_adamw(model, muon_learning_rate=0.02, learning_rate=0.01)
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    muon, adamw = ({name_of[id(p)] for group in one.param_groups for p in group["params"]} for one in chain.optimizers)
+    assert muon | adamw == {name for name, p in model.named_parameters() if p.requires_grad} and not muon & adamw
+    assert muon == {name for name in muon | adamw if ".layers." in name and name.endswith("weight")}
+    assert {"vision_head.weight", "model.visual_embed_tokens.weight"} < adamw
+    assert [group["lr"] for group in chain.param_groups] == [0.02, 0.01]
+    with pytest.raises(ValueError, match="0 chained optimizers, this run has 2"):
+        chain.load_state_dict(torch.optim.SGD(model.parameters()).state_dict())
 
 
 # ---- mixtures

@@ -57,6 +57,58 @@ def data_emoji(
         typer.echo(f"{out}: {numbers}")
 
 
+@data.command("encode")
+def data_encode(
+    source: Annotated[
+        str, typer.Option("--data", metavar="SOURCE", help="Folder, files ('shards/*.tar') or Hub name of the data.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write to; an interrupted run there is continued.")],
+    model: Annotated[str, typer.Option(help="Folder or Hub name of the MARS whose image tokenizer encodes.")] = str(
+        DEFAULT_CHECKPOINT
+    ),
+    split: Annotated[str, typer.Option(help="Which split.")] = "train",
+    size: Annotated[
+        tuple[int, int] | None,
+        typer.Option(metavar="H W", help="In pixels: scale to cover it, cut the middle out. [default: the model's]"),
+    ] = None,
+    short_side: Annotated[
+        int | None,
+        typer.Option(help="In pixels, instead of --size: scale the shorter side to it, keep the aspect ratio."),
+    ] = None,
+    min_size: Annotated[int, typer.Option(help="Leave out pictures with a shorter side.")] = 1,
+    max_aspect_ratio: Annotated[float | None, typer.Option(help="Leave out longer pictures. [default: none]")] = None,
+    batch_size: Annotated[int, typer.Option(help="Pictures of one size that share a call.")] = 32,
+    shard_size: Annotated[int, typer.Option(help="Records of a file, the unit of resuming.")] = 1000,
+    limit: Annotated[float, typer.Option(help="Share of broken records above which to stop.")] = 0.01,
+    column: Annotated[
+        list[str] | None, typer.Option(metavar="THEIRS=OURS", help="Rename a column, e.g. text=caption_en.")
+    ] = None,
+    streaming: Annotated[bool, typer.Option("--streaming", help="Read the data on the way, without a copy.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Turn the pictures of a data set into image codes, once, for training."""
+    with _one_line_errors(debug):
+        if size is not None and short_side is not None:
+            raise ValueError("`--size` and `--short-side` exclude each other.")
+        if wrong := [name for name in column or [] if name.count("=") != 1]:
+            raise ValueError(f"`--column` must be THEIRS=OURS, got {wrong[0]}.")
+        import torch
+
+        from mars_hf.data.encode import encode_records, load_image_tokenizer
+        from mars_hf.data.records import RecordRules, open_records
+
+        rules = RecordRules(min_size=min_size, max_aspect_ratio=max_aspect_ratio)
+        columns = dict(name.split("=") for name in column or [])
+        records = open_records(source, split, streaming, columns)
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        wanted = (
+            {"height": size[0], "width": size[1]} if size else {"shortest_edge": short_side} if short_side else None
+        )
+        numbers = {"batch_size": batch_size, "shard_size": shard_size, "limit": limit}
+        tokenizer = load_image_tokenizer(model, device)
+        typer.echo(f"{out}: {encode_records(records, out, *tokenizer, wanted, split, rules=rules, **numbers)}")
+
+
 @app.command()
 def export(
     out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write.")],
@@ -149,6 +201,26 @@ def generate(
         seconds = time.perf_counter() - started
         contact_sheet([pictures[0]["generated_image"] for pictures in drawn], prompts).save(out)
         typer.echo(f"{out} (drawn in {seconds:.1f} s)")
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a recipe of the package such as emoji/stage1.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run there is continued.")],
+    compile_pictures: Annotated[
+        bool, typer.Option("--compile", help="Compile what follows the prompts; takes a C++ compiler.")
+    ] = False,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Continue although recipe, data or processes differ.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Train a stage by its recipe, on one device; on many, see `examples/train.py`."""
+    with _one_line_errors(debug):
+        from mars_hf.training.recipe import Recipe
+        from mars_hf.training.run import train as run
+
+        typer.echo(str(run(Recipe.load(recipe), out, compile_pictures, allow_changes)))
 
 
 def _require_writable(out: Path) -> None:

@@ -757,7 +757,7 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
             shift_labels (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
                 Targets at the place that predicts them, instead of `labels`.
             head_loss (`Callable`, *optional*):
-                Called as `head_loss(model, last_hidden_state, shift_labels)` in place of the heads; the [`ModelOutput`]
+                Called as `head_loss(model, last_hidden_state, shift_labels)` in place of the heads; the `ModelOutput`
                 that it gives is returned. For losses that need logits of some positions only.
 
         The other arguments are those of [`MarsModel.forward`].

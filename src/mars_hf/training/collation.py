@@ -85,8 +85,8 @@ class AlignedCollator:
         Returns:
             `dict`: `input_ids`, `attention_mask`, `position_ids`, `shift_labels` (and the same as `labels`, by which
             Trainer counts), `block_ids` and `cells` where the model needs them, and for the trainer `task`,
-            `prompt_length` (columns; 0 if something in them is labelled) and `only_codes` (every column behind the
-            prompts is visual and labelled with a code).
+            `prompt_length` (columns; 0 if something in them is labelled or nothing follows) and `only_codes` (every
+            column behind the prompts is visual and labelled with a code).
         """
         shifted = [ShiftedRow.of(row, self.config) for row in rows]
         longest = max(row.prompt_length for row in shifted)
@@ -107,7 +107,7 @@ class AlignedCollator:
             "position_ids": (mask.cumsum(1) - 1).clamp_min(0),
             "labels": labels,
             "shift_labels": labels,
-            "prompt_length": prompt if bool((labels[:, :prompt] == IGNORED_LABEL).all()) else 0,
+            "prompt_length": prompt if rest and bool((labels[:, :prompt] == IGNORED_LABEL).all()) else 0,
             "only_codes": bool((labels[:, behind] >= offset).all() and (ids[:, behind] >= offset).all()),
             "task": "+".join(sorted({row.get("task", "rows") for row in rows})),
         }

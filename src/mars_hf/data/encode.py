@@ -1,0 +1,271 @@
+"""
+Pictures to codes, once: a data set whose pictures are replaced by what the image tokenizer makes of them.
+
+The result is a folder of parquet files, each written in one step, and a `codes.json` that says which tokenizer made
+the codes, how pictures were resized, what is done and what was left out. An interrupted run continues after its last
+file. `open_records` reads the folder.
+
+What this file leaves to others: pixels (the image processor), and which records are good (`records.py`).
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset, Features, IterableDataset, List, Value
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ..configuration_mars import MarsConfig
+from ..conversion.checkpoints import Checkpoint
+from ..image_processing_mars import MarsImageProcessor, encode_pixels
+from .records import (
+    CODES_FILE,
+    BadRecordError,
+    BadRecords,
+    RecordRules,
+    check_record,
+    open_record_picture,
+    tokenizer_fingerprint,
+    undecoded,
+)
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.vq_model import VQModel
+
+CODE_COLUMNS = {"image_codes": List(Value("int32")), "height": Value("int32"), "width": Value("int32")}
+PIXEL_SETTINGS = ("resample", "rescale_factor", "image_mean", "image_std", "max_pixels")
+WINDOW = 8  # batches of pictures held in memory, among which those of one size find each other
+
+
+def load_image_tokenizer(
+    model: str | Path, device: "str | torch.device" = "cpu"
+) -> tuple["VQModel", MarsImageProcessor]:
+    """
+    Load the VQ-GAN of a checkpoint without its language model, and the image processor.
+
+    Args:
+        model (`str` or `Path`): Folder of a MARS, or its name on the Hub.
+        device (`str` or `torch.device`, defaults to `"cpu"`): Where the VQ-GAN goes.
+
+    Returns:
+        `tuple[diffusers.VQModel, MarsImageProcessor]`: The VQ-GAN in float32, as the whole model would have it.
+
+    Raises:
+        ValueError: If the checkpoint has no VQ-GAN.
+    """
+    from diffusers import VQModel
+    from huggingface_hub import snapshot_download
+
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors"]))
+    config = MarsConfig.from_pretrained(folder)
+    if config.vq_config is None:
+        raise ValueError(f"{model} has no VQ-GAN: its configuration has no `vq_config`. Choose a model with one.")
+    stored = Checkpoint.find(folder)
+    vqgan = VQModel.from_config(config.vq_config).eval()
+    vqgan.load_state_dict({name: stored[f"vqgan.{name}"] for name in vqgan.state_dict()}, strict=True)
+    return vqgan.to(device), MarsImageProcessor.from_pretrained(folder)
+
+
+def encode_records(
+    dataset: Dataset | IterableDataset,
+    out: str | Path,
+    vqgan: "VQModel",
+    image_processor: MarsImageProcessor,
+    size: dict[str, int] | None = None,
+    split: str = "train",
+    batch_size: int = 32,
+    shard_size: int = 1000,
+    rules: RecordRules = RecordRules(),  # noqa: B008
+    limit: float = 0.01,
+    progress: bool = True,
+) -> BadRecords:
+    """
+    Replace the pictures of records by their codes; run again after an interruption, it continues.
+
+    `image_codes`, `height` and `width` take the place of `image`, in `segments` too; all other columns stay. Bad
+    records are left out and counted, there and in `codes.json`.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): From [`open_records`].
+        out (`str` or `Path`): Folder to write to; it may hold other splits that were encoded in the same way.
+        vqgan (`diffusers.VQModel`): The image tokenizer.
+        image_processor ([`MarsImageProcessor`]): Makes the pixels.
+        size (`dict[str, int]`, *optional*):
+            In pixels. `{"height", "width"}`: a picture is scaled until it covers that size, and its middle cut out.
+            `{"shortest_edge"}`: scaled to that shorter side and cut to whole codes, so that its aspect ratio stays
+            (the paper's Stage II). Defaults to the image processor's own.
+        split (`str`, defaults to `"train"`): Name to give the records.
+        batch_size (`int`, defaults to 32): Most pictures, all of one size, that share a call.
+        shard_size (`int`, defaults to 1000): Records of a file, the unit of resuming.
+        rules ([`RecordRules`]): What a record has to be.
+        limit (`float`, defaults to 0.01): Share of broken records that stops the run, see [`BadRecords`].
+        progress (`bool`, defaults to `True`): Show a progress bar.
+
+    Returns:
+        [`BadRecords`]: What was left out.
+
+    Raises:
+        ValueError: If the data have no pictures or codes already, a number is out of range, records are broken beyond
+            the limit, or `out` holds other data, or codes that were made in another way.
+    """
+    if batch_size < 1 or shard_size < 1:
+        raise ValueError(f"`batch_size` and `shard_size` must be at least 1, got {batch_size} and {shard_size}.")
+    out, features = Path(out), _coded_features(dataset.features)
+    rules = replace(rules, min_size=max(rules.min_size, image_processor.downsample_factor))
+    size = dict(size or image_processor.size)
+    to_pixels = partial(image_processor, size=size, return_tensors="pt")
+    to_pixels(Image.new("RGB", (rules.min_size, rules.min_size)))  # refuses a wrong size before any work
+    settings = {name: image_processor.to_dict()[name] for name in PIXEL_SETTINGS}
+    recipe = {"size": size, **settings, "shard_size": shard_size, "rules": asdict(rules)}
+    num_records = None if isinstance(dataset, IterableDataset) else len(dataset)
+    manifest, done = _manifest_of(out, vqgan, recipe, split, num_records)
+    bad_records = BadRecords("skip", limit, num_records, done["seen"], reasons=Counter(done["left_out"]))
+    if done["complete"]:
+        return bad_records
+    encode = partial(_encode, vqgan=vqgan, to_pixels=to_pixels, batch_size=batch_size, rules=rules)
+    records = enumerate(undecoded(dataset.skip(done["seen"])), start=done["seen"])
+    with tqdm(total=num_records, initial=done["seen"], desc="Encoding", unit="record", disable=not progress) as bar:
+        for shard in _chunks(records, shard_size):
+            rows = []
+            for window in _chunks(shard, WINDOW * batch_size):
+                rows += encode(window, bad_records)
+                bar.update(len(window))
+            _write_shard(out / "data" / f"{split}-{done['shards']:05d}.parquet", rows, features)
+            done["shards"], done["records"] = done["shards"] + 1, done["records"] + len(rows)
+            done["seen"], done["left_out"] = bad_records.num_seen, dict(bad_records.reasons)
+            _write_manifest(out, manifest)
+    bad_records.finish()
+    if not done["records"]:
+        raise ValueError(f"There is nothing to encode: {bad_records} Relax the rules, or choose other data.")
+    done["complete"] = True
+    _write_manifest(out, manifest)
+    return bad_records
+
+
+def _coded_features(features: Features) -> Features:
+    """Give the columns of the result: no `image`, but codes."""
+    coded = {name: feature for name, feature in features.items() if name not in ("image", *CODE_COLUMNS)}
+    parts = features["segments"].feature if "segments" in features else {}
+    if "image_codes" in features or "image_codes" in parts:
+        raise ValueError("The data hold codes already (`image_codes`). Encode the pictures that they were made of.")
+    if "image" in features:
+        coded |= CODE_COLUMNS
+    if "image" in parts:
+        kept = {name: feature for name, feature in parts.items() if name not in ("image", *CODE_COLUMNS)}
+        coded["segments"] = List(kept | CODE_COLUMNS)
+    return Features(coded)
+
+
+def _chunks(items: Iterable[Any], length: int) -> Iterator[list[Any]]:
+    items = iter(items)
+    while chunk := list(islice(items, length)):
+        yield chunk
+
+
+def _encode(
+    records: Iterable[tuple[int, dict[str, Any]]],
+    bad_records: BadRecords,
+    vqgan: "VQModel",
+    to_pixels: Callable[..., Any],
+    batch_size: int,
+    rules: RecordRules,
+) -> list[dict[str, Any]]:
+    rows, pictures = [], []
+    for index, record in records:
+        with bad_records.skipping(record, index):
+            check_record(record, rules)
+            row, found = _without_pictures(record, to_pixels)
+            rows.append(row)
+            pictures += found
+    pictures.sort(key=_size_of)
+    for (height, width), alike in groupby(pictures, key=_size_of):
+        for batch in _chunks(alike, batch_size):
+            grids = encode_pixels(vqgan, [pixels for _, pixels in batch])
+            for (fields, _), codes in zip(batch, grids, strict=True):
+                fields |= {"image_codes": codes.flatten().tolist(), "height": height, "width": width}
+    return rows
+
+
+def _size_of(picture: tuple[dict[str, Any], torch.Tensor]) -> tuple[int, ...]:
+    return tuple(picture[1].shape[-2:])
+
+
+def _without_pictures(
+    record: dict[str, Any], to_pixels: Callable[..., Any]
+) -> tuple[dict[str, Any], list[tuple[dict[str, Any], torch.Tensor]]]:
+    """Take the pictures out of a record: the row that is left, and pixels with the part of it that waits for codes."""
+    segments = record.get("segments") or []
+    bare = [{name: value for name, value in fields.items() if name != "image"} for fields in (record, *segments)]
+    bare = [{**fields, **dict.fromkeys(CODE_COLUMNS)} for fields in bare]
+    if segments:
+        bare[0]["segments"] = bare[1:]
+    sources = zip(bare, (record, *segments), strict=True)
+    return bare[0], [
+        (fields, _pixels(of["image"], to_pixels)) for fields, of in sources if of.get("image") is not None
+    ]
+
+
+def _pixels(image: Any, to_pixels: Callable[..., Any]) -> torch.Tensor:
+    picture = open_record_picture(image)
+    try:
+        return to_pixels(picture)["pixel_values"][0]  # (3, height, width)
+    except ValueError as error:
+        raise BadRecordError("unreadable picture", f"{error}") from error
+
+
+def _manifest_of(
+    out: Path, vqgan: "VQModel", recipe: dict[str, Any], split: str, num_records: int | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Begin `codes.json`, or read it and refuse to continue what was made in another way."""
+    factor = 2 ** (len(vqgan.config.block_out_channels) - 1)
+    numbers = {"downsample_factor": factor, "codebook_size": vqgan.config.num_vq_embeddings}
+    manifest = {"tokenizer": {"fingerprint": tokenizer_fingerprint(vqgan), **numbers}, "recipe": recipe, "splits": {}}
+    if (out / CODES_FILE).exists():
+        held = json.loads((out / CODES_FILE).read_text(encoding="utf-8"))
+        for part in ("tokenizer", "recipe"):
+            asked = json.loads(json.dumps(manifest[part]))
+            if differing := {
+                name: (held[part].get(name), asked[name]) for name in asked if held[part].get(name) != asked[name]
+            }:
+                raise ValueError(
+                    f"{out} holds codes made in another way (there, here): {differing}. Choose another folder, or "
+                    "remove this one."
+                )
+        manifest = held
+    elif out.is_dir() and {path.name for path in out.iterdir()} - {"data", "codes.part"}:  # a start that was cut off
+        raise ValueError(f"{out} is not empty and holds no codes. Choose another folder.")
+    nothing = {"num_records": num_records, "complete": False, "shards": 0, "seen": 0, "records": 0, "left_out": {}}
+    done = manifest["splits"].setdefault(split, nothing)
+    if done["num_records"] != num_records:
+        raise ValueError(
+            f"{out} holds codes of {done['num_records']} {split} records, the data now have {num_records}: they are "
+            "not the same. Choose another folder, or remove this one."
+        )
+    (out / "data").mkdir(parents=True, exist_ok=True)
+    _write_manifest(out, manifest)
+    return manifest, done
+
+
+def _write_manifest(out: Path, manifest: dict[str, Any]) -> None:
+    scratch = (out / CODES_FILE).with_suffix(".part")
+    scratch.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    os.replace(scratch, out / CODES_FILE)
+
+
+def _write_shard(path: Path, rows: list[dict[str, Any]], features: Features) -> None:
+    """Write a file in one step; none if every record was left out."""
+    if rows:
+        scratch = path.with_suffix(".part")
+        columns = {name: [row.get(name) for row in rows] for name in features}
+        Dataset.from_dict(columns, features=features).to_parquet(scratch)
+        os.replace(scratch, path)

@@ -1,0 +1,333 @@
+"""
+Recipes: a training stage as a YAML file, and the stages of the paper as a table.
+
+`STAGES` says for each stage what trains, on which tasks, by which rule pictures get their size, and what the loss and
+the codes of a step are unless a recipe says otherwise. A [`Recipe`] adds models, data, optimizer and numbers; an
+unknown key or a contradiction is refused before anything is loaded.
+"""
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from .losses import LOSS_SCOPES
+from .mixture import TASKS
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    What a stage is.
+
+    Args:
+        trains (`str`): What trains.
+        frozen (`str`): What does not.
+        tasks (`dict[str, float]`): Usual shares of tasks.
+        resolution (`str`): How pictures get their size.
+        loss_scope (`str`): See [`HeadLoss`].
+        codes_per_step (`tuple[int, ...]`): Each is trained, one a step.
+        source (`str`): Where it is stated.
+    """
+
+    trains: str
+    frozen: str
+    tasks: dict[str, float]
+    resolution: str
+    loss_scope: str
+    codes_per_step: tuple[int, ...]
+    source: str
+
+
+VISUAL_PART = "visual experts, visual embeddings, vision head"
+TEXT_PART = "language model with its norms and output projections, VQ-GAN"
+STAGES = {
+    "alignment": Stage(
+        VISUAL_PART,
+        TEXT_PART,
+        {"text-to-image": 0.5, "captioning": 0.5},
+        "fixed: scaled until it covers a square, middle cut out",
+        "joint",
+        (1,),
+        "Stage I, section 3.4; the shares are ours",
+    ),
+    "refinement": Stage(
+        VISUAL_PART,
+        TEXT_PART,
+        {"text-to-image": 1.0},
+        "aspect ratio kept, short side scaled, size told in the caption",
+        "joint",
+        (1,),
+        "Stage II, section 3.4",
+    ),
+    "super-resolution": Stage(
+        VISUAL_PART,
+        TEXT_PART,
+        {"super-resolution": 1.0},
+        "low-resolution codes in the prompt, high-resolution codes drawn",
+        "grammar",
+        (4, 16),
+        "Stage III, section 3.4; K and the restricted loss are ours",
+    ),
+    "documents": Stage(
+        VISUAL_PART,
+        TEXT_PART,
+        {"documents": 0.7, "text-to-image": 0.3},
+        "as in the base model",
+        "joint",
+        (1,),
+        "joint generation, section 4; the shares are ours",
+    ),
+}
+
+
+@dataclass
+class ModelPart:
+    """
+    Where the model comes from: a MARS to go on from, or a language model and a VQ-GAN to build one of.
+
+    Args:
+        base (`str`, *optional*): Folder of a MARS.
+        text (`str`, *optional*): Folder of the language model and its tokenizer.
+        vqgan (`str`, *optional*): Folder of the image tokenizer.
+        config (`dict`): Fields of [`MarsConfig`] to set.
+        frozen_dtype (`str`, *optional*): Round the frozen weights to it, so that what trains sees what is shipped.
+        image_defaults (`dict`): Written to the generation config: how pictures are drawn unless a call says otherwise.
+    """
+
+    base: str | None = None
+    text: str | None = None
+    vqgan: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    frozen_dtype: str | None = None
+    image_defaults: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DataPart:
+    """
+    A source of records; see `mars_hf.data.records`.
+
+    Args:
+        source (`str`): What `open_records` takes; with codes, as `mars-hf data encode` writes them.
+        task (`str`): One of the tasks of the stage.
+        share (`float`, defaults to 1.0): Share of batches.
+        split (`str`, defaults to `"train"`): Which split.
+        columns (`dict[str, str]`): Names in the source to ours.
+        captions (`dict[str, Any]`):
+            `form: records` chooses by the shares of [`CaptionMix`]; `form: emoji` writes the forms that the emoji
+            language model knows, by the shares of [`CaptionStyle`].
+        balance (`float`, defaults to 0.0): See [`subject_weights`]; for emoji.
+        code_noise (`float`, defaults to 0.0): See [`Source`].
+        drop_caption (`float`, defaults to 0.1): See [`Source`].
+        min_score (`float`, *optional*): Leave records with a lower `score` out (the curated subset of Stage II).
+    """
+
+    source: str
+    task: str
+    share: float = 1.0
+    split: str = "train"
+    columns: dict[str, str] = field(default_factory=dict)
+    captions: dict[str, Any] = field(default_factory=lambda: {"form": "records"})
+    balance: float = 0.0
+    code_noise: float = 0.0
+    drop_caption: float = 0.1
+    min_score: float | None = None
+
+
+@dataclass
+class LossPart:
+    """See [`MarsTrainer`]; `scope` None takes the stage's."""
+
+    scope: str | None = None
+    label_spread: float = 0.0
+    chunk_size: int = 2048
+
+
+@dataclass
+class OptimizerPart:
+    """
+    Args:
+        name (`str`, defaults to `"adamw"`): `"adamw"`, or `"muon"` for matrices with AdamW for the rest.
+        learning_rate (`float`, defaults to 1e-4): Of AdamW.
+        muon_learning_rate (`float`, *optional*): Of Muon.
+        weight_decay (`float`, defaults to 0.1): Of matrices.
+        adam_beta2 (`float`, defaults to 0.95): Of AdamW.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 1e-4
+    muon_learning_rate: float | None = None
+    weight_decay: float = 0.1
+    adam_beta2: float = 0.95
+
+
+@dataclass
+class Recipe:
+    """
+    A stage of training.
+
+    Args:
+        stage (`str`): A key of `STAGES`.
+        model ([`ModelPart`]): What is trained.
+        data (`list[DataPart]`): On what.
+        training (`dict`):
+            Arguments of `TrainingArguments`; `max_steps` or `num_train_epochs`, and `per_device_train_batch_size`, are
+            needed.
+        loss ([`LossPart`]): How.
+        optimizer ([`OptimizerPart`]): By what.
+        codes_per_step (`list[int]`, *optional*): See [`MixtureDataset`]; the stage's if None.
+        packing (`int`, *optional*): Tokens of packed rows; rows are padded if None.
+        seed (`int`, defaults to 0): Decides all else.
+        about (`str`): What it is, and which of its numbers are the paper's.
+
+    Raises:
+        ValueError: If anything is unknown, missing or contradicts something else.
+    """
+
+    stage: str
+    model: ModelPart
+    data: list[DataPart]
+    training: dict[str, Any]
+    loss: LossPart = field(default_factory=LossPart)
+    optimizer: OptimizerPart = field(default_factory=OptimizerPart)
+    codes_per_step: list[int] | None = None
+    packing: int | None = None
+    seed: int = 0
+    about: str = ""
+
+    def __post_init__(self) -> None:
+        _refuse_unknown("stage", self.stage, STAGES)
+        _refuse_unknown("optimizer.name", self.optimizer.name, ("adamw", "muon"))
+        if self.loss.scope is not None:
+            _refuse_unknown("loss.scope", self.loss.scope, LOSS_SCOPES)
+        if not self.data:
+            raise ValueError("A recipe needs at least one source under `data`.")
+        for part in self.data:
+            _refuse_unknown("data.task", part.task, (*TASKS, "super-resolution"))
+        built, goes_on = self.model.text or self.model.vqgan, self.model.base
+        if bool(built) == bool(goes_on) or (built and not (self.model.text and self.model.vqgan)):
+            raise ValueError(
+                "`model` needs either `base`, a MARS to go on from, or both `text` and `vqgan` to build one of; got "
+                f"{ {name: getattr(self.model, name) for name in ('base', 'text', 'vqgan')} }."
+            )
+        if (self.optimizer.name == "muon") != (self.optimizer.muon_learning_rate is not None):
+            raise ValueError("`optimizer.muon_learning_rate` goes with `optimizer.name: muon`, and only with it.")
+        if ("max_steps" in self.training) == ("num_train_epochs" in self.training):
+            raise ValueError("`training` needs `max_steps` or `num_train_epochs`, and not both.")
+        if "per_device_train_batch_size" not in self.training:
+            raise ValueError("`training` needs `per_device_train_batch_size`.")
+        owned = {"output_dir", "learning_rate", "weight_decay", "adam_beta2", "seed", "remove_unused_columns"}
+        if twice := sorted(owned & self.training.keys()):
+            raise ValueError(
+                f"`training.{twice[0]}` is set elsewhere in a recipe: see `optimizer`, `seed` and `--out`."
+            )
+        _refuse_unknown_keys("training", self.training, _training_argument_names())
+
+    @property
+    def loss_scope(self) -> str:
+        """The recipe's, or its stage's."""
+        return self.loss.scope or STAGES[self.stage].loss_scope
+
+    @property
+    def trained_codes_per_step(self) -> list[int]:
+        """The recipe's, or its stage's."""
+        return self.codes_per_step or list(STAGES[self.stage].codes_per_step)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Recipe":
+        """
+        Read a recipe from a YAML file, or one of the package by its name, such as `emoji/stage1`.
+
+        Raises:
+            ValueError: If there is no such recipe, or it is not one.
+        """
+        file = Path(path)
+        if not file.is_file() and (RECIPES / f"{path}.yaml").is_file():
+            file = RECIPES / f"{path}.yaml"
+        if not file.is_file():
+            names = sorted(str(one.relative_to(RECIPES).with_suffix("")) for one in RECIPES.rglob("*.yaml"))
+            raise ValueError(f"There is no recipe {path}: give a YAML file, or one of {', '.join(names)}.")
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{file} is no YAML: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"A recipe is a mapping of keys to values; {file} holds {type(values).__name__}.")
+        return _build(cls, values, "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give all values, defaults included."""
+        return asdict(self)
+
+
+def _training_argument_names() -> list[str]:
+    from transformers import TrainingArguments
+
+    return [one.name for one in fields(TrainingArguments)]
+
+
+def _refuse_unknown(name: str, value: Any, known: Any) -> None:
+    if value not in known:
+        raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
+
+
+def _refuse_unknown_keys(place: str, values: dict[str, Any], known: list[str]) -> None:
+    for key in values:
+        if key not in known:
+            near = get_close_matches(str(key), known, 1)
+            hint = f" Did you mean `{near[0]}`?" if near else f" Known are {', '.join(known)}."
+            raise ValueError(f"`{place}{'.' if place else ''}{key}` is no key of a recipe.{hint}")
+
+
+def _build(kind: type, values: Any, place: str) -> Any:
+    """Make a data class of a mapping, and of the mappings in it, naming the place of what does not fit."""
+    if not isinstance(values, dict):
+        raise ValueError(f"`{place}` must be a mapping, got {values!r}.")
+    hints = get_type_hints(kind)
+    _refuse_unknown_keys(place, values, list(hints))
+    missing = [one.name for one in fields(kind) if _is_required(one) and one.name not in values]
+    if missing:
+        raise ValueError(f"`{place}{'.' if place else ''}{missing[0]}` is missing.")
+    made: dict[str, Any] = {}
+    for key, value in values.items():
+        hint, where = hints[key], f"{place}{'.' if place else ''}{key}"
+        if is_dataclass(hint):
+            made[key] = _build(hint, value, where)  # type: ignore[arg-type]
+        elif key == "data":
+            if not isinstance(value, list):
+                raise ValueError(f"`{where}` must be a list of sources, got {value!r}.")
+            made[key] = [_build(DataPart, one, f"{where}[{n}]") for n, one in enumerate(value)]
+        else:
+            made[key] = _checked(hint, value, where)
+    return kind(**made)
+
+
+def _is_required(one: Any) -> bool:
+    from dataclasses import MISSING
+
+    return one.default is MISSING and one.default_factory is MISSING
+
+
+def _checked(hint: Any, value: Any, place: str) -> Any:
+    """Hold a value to its type; YAML reads 1e-4 as a string and 1 as no float."""
+    from huggingface_hub.dataclasses import type_validator
+    from huggingface_hub.errors import StrictDataclassFieldValidationError
+
+    if hint in (float, float | None) and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    try:
+        type_validator(place, value, hint)
+    except (TypeError, StrictDataclassFieldValidationError) as error:
+        raise ValueError(f"`{place}`: {error}") from None
+    return value
+
+
+__all__ = ["RECIPES", "STAGES", "DataPart", "LossPart", "ModelPart", "OptimizerPart", "Recipe", "Stage"]

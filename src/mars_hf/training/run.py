@@ -1,0 +1,232 @@
+"""
+From a recipe to a trained model: builds what it names, trains, goes on where an interrupted run stopped.
+
+A run's folder holds `run.json` (the recipe and what it was run on), `checkpoint-N`, and at last `final`, a complete
+MARS with its processor.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import VQModel
+from transformers import AutoTokenizer, Qwen2ForCausalLM, TrainingArguments
+from transformers.utils import logging
+
+from ..data.emoji_captions import CaptionStyle, emoji_caption, subject_weights
+from ..data.records import CaptionMix, RecordRules, captions_of, open_records, tokenizer_fingerprint, validate_records
+from ..modeling_mars import MarsForConditionalGeneration
+from ..processing_mars import MarsProcessor
+from .collation import AlignedCollator, PackedCollator
+from .mixture import MixtureDataset, PackedDataset, Source
+from .muon import muon_with_adamw
+from .recipe import DataPart, ModelPart, Recipe
+from .text import last_checkpoint
+from .trainer import MarsTrainer
+
+logger = logging.get_logger(__name__)
+
+
+def build_model(part: ModelPart) -> tuple[MarsForConditionalGeneration, MarsProcessor]:
+    """
+    Load or build what a recipe trains, in float32.
+
+    Returns:
+        `tuple`: The model, its text part frozen, and its processor.
+    """
+    if part.base is not None:
+        model = MarsForConditionalGeneration.from_pretrained(
+            part.base, dtype=torch.float32, attn_implementation=_attention(), **part.config
+        )
+        processor = MarsProcessor.from_pretrained(part.base)
+    else:
+        text = Qwen2ForCausalLM.from_pretrained(part.text, dtype=torch.float32, attn_implementation=_attention())
+        vqgan = VQModel.from_pretrained(part.vqgan)
+        if part.frozen_dtype is not None:
+            for frozen in (text, vqgan):
+                frozen.to(getattr(torch, part.frozen_dtype)).to(torch.float32)
+        model = MarsForConditionalGeneration.from_text_and_vq(text, vqgan, **part.config)
+        processor = MarsProcessor.from_text_tokenizer(AutoTokenizer.from_pretrained(part.text), model.config)
+    if part.image_defaults:
+        model.generation_config.image_defaults = part.image_defaults
+    return model, processor
+
+
+def _attention() -> str:
+    """On CPUs torch's fused attention has a slow backward: half of a step at 32-wide heads."""
+    return "sdpa" if torch.accelerator.is_available() else "eager"
+
+
+def build_source(part: DataPart, model: MarsForConditionalGeneration) -> Source:
+    """
+    Open a recipe's records and check every one of them; bad ones are left out and counted.
+
+    Raises:
+        ValueError: If more than 1 % of them are bad.
+    """
+    config = model.config
+    rules = RecordRules(
+        min_score=part.min_score, codebook_size=config.codebook_size, downsample_factor=config.downsample_factor
+    )
+    records = open_records(part.source, part.split, columns=part.columns, vqgan=model.vqgan)
+    good, bad = validate_records(records, rules, on_bad="skip")
+    if bad.reasons or bad.num_truncated:
+        logger.warning(f"{part.source}: {bad}")
+    records = good.to_list()
+    form = dict(part.captions)
+    kind = form.pop("form", "records")
+    weights = None
+    if part.balance:
+        weights = subject_weights([record["hexcode"] for record in records], part.balance)
+    options = {"weights": weights, "code_noise": part.code_noise, "drop_caption": part.drop_caption}
+    return Source(part.task, part.share, records, _caption_writer(kind, form), **options)
+
+
+def _caption_writer(kind: str, options: dict[str, Any]) -> Callable[[dict[str, Any], random.Random], str]:
+    if kind == "emoji":
+        style = CaptionStyle(**options)
+        return lambda record, rng: emoji_caption(record, rng, style)
+    if kind != "records":
+        raise ValueError(f"`captions.form` must be 'records' or 'emoji', got {kind!r}.")
+    mix = CaptionMix(**options)
+    return lambda record, rng: mix.choose(captions_of(record), rng.getrandbits(32), 0)
+
+
+def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
+    """Give Trainer's arguments; bfloat16 where the machine computes it fast, unless the recipe says so itself."""
+    fast = torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
+    settings = {"bf16": fast, "save_total_limit": 2, "report_to": [], "enable_jit_checkpoint": True, **recipe.training}
+    return TrainingArguments(
+        output_dir=str(out),
+        learning_rate=recipe.optimizer.learning_rate,
+        weight_decay=recipe.optimizer.weight_decay,
+        adam_beta2=recipe.optimizer.adam_beta2,
+        seed=recipe.seed,
+        remove_unused_columns=False,
+        use_cpu=not torch.accelerator.is_available(),
+        **settings,
+    )
+
+
+def make_trainer(recipe: Recipe, out: Path, compile_pictures: bool = False) -> tuple[MarsTrainer, MarsProcessor]:
+    """Build all that a recipe names."""
+    model, processor = build_model(recipe.model)
+    args = training_arguments(recipe, out)
+    sources = [build_source(part, model) for part in recipe.data]
+    batches_per_step = args.world_size * args.gradient_accumulation_steps
+    steps = args.max_steps
+    if steps < 0:
+        rows = sum(len(source.records) for source in sources)
+        steps = int(args.num_train_epochs * rows / (args.per_device_train_batch_size * batches_per_step))
+    k = recipe.trained_codes_per_step
+    rows = MixtureDataset(
+        processor,
+        sources,
+        args.per_device_train_batch_size,
+        num_batches=steps * batches_per_step,
+        codes_per_step=k,
+        batches_per_step=batches_per_step,
+        seed=recipe.seed,
+    )
+    pad = processor.tokenizer.pad_token_id
+    packed = recipe.packing is not None
+    data = PackedDataset(rows, model.config, recipe.packing) if packed else rows
+    collate = PackedCollator(model.config, pad, recipe.packing) if packed else AlignedCollator(model.config, pad)
+    optimizer: dict[str, Any] = {}
+    if recipe.optimizer.name == "muon":
+        rates = {
+            "muon_learning_rate": recipe.optimizer.muon_learning_rate,
+            "learning_rate": recipe.optimizer.learning_rate,
+            "weight_decay": recipe.optimizer.weight_decay,
+        }
+        optimizer["optimizer_cls_and_kwargs"] = (lambda: muon_with_adamw, rates)
+    trainer = MarsTrainer(
+        model=model,
+        args=args,
+        train_dataset=data,
+        data_collator=collate,
+        loss_scope=recipe.loss_scope,
+        label_spread=recipe.loss.label_spread,
+        chunk_size=recipe.loss.chunk_size,
+        compile_pictures=compile_pictures,
+        **optimizer,
+    )
+    return trainer, processor
+
+
+def check_resumption(recipe: Recipe, out: Path, facts: dict[str, Any], allow_changes: bool) -> None:
+    """
+    Refuse to go on with a run under another recipe, number of processes or data; write what this run is.
+
+    Raises:
+        ValueError: Naming what differs.
+    """
+    file, now = out / "run.json", json.loads(json.dumps({"recipe": recipe.to_dict(), **facts}))
+    if file.exists() and not allow_changes:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        flat_before, flat_now = _flat(before), _flat(now)
+        changed = sorted(
+            key for key in flat_before.keys() | flat_now.keys() if flat_before.get(key) != flat_now.get(key)
+        )
+        if changed:
+            raise ValueError(
+                f"{out} holds a run with another `{changed[0]}`: {flat_before.get(changed[0])!r} before, now "
+                f"{flat_now.get(changed[0])!r} ({len(changed)} differ). Take another folder, or `--allow-changes`."
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    file.with_suffix(".part").write_text(json.dumps(now, indent=2, ensure_ascii=False), encoding="utf-8")
+    file.with_suffix(".part").rename(file)
+
+
+def _flat(values: Any, place: str = "") -> dict[str, Any]:
+    pairs = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else None
+    if pairs is None:
+        return {place: values}
+    return {key: one for name, value in pairs for key, one in _flat(value, f"{place}.{name}".strip(".")).items()}
+
+
+def train(recipe: Recipe, out: str | Path, compile_pictures: bool = False, allow_changes: bool = False) -> Path:
+    """
+    Train by a recipe; run again after an interruption, it continues from the last complete checkpoint.
+
+    Args:
+        recipe ([`Recipe`]): What to do.
+        out (`str` or `Path`): Folder of the run.
+        compile_pictures (`bool`, defaults to `False`): See [`MarsTrainer`]; takes a C++ compiler.
+        allow_changes (`bool`, defaults to `False`): Go on with a run although recipe, data or processes differ.
+
+    Returns:
+        `Path`: Folder of the finished model and its processor.
+
+    Raises:
+        ValueError: If models, data or the run in `out` do not fit the recipe.
+    """
+    out = Path(out)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(recipe.seed)
+    trainer, processor = make_trainer(recipe, out, compile_pictures)
+    model = trainer.model
+    facts = {
+        "processes": trainer.args.world_size,
+        "records": [len(source.records) for source in _mixture_of(trainer).sources],
+        "tokenizer": None if model.vqgan is None else tokenizer_fingerprint(model.vqgan),
+    }
+    check_resumption(recipe, out, facts, allow_changes)
+    trainer.train(resume_from_checkpoint=last_checkpoint(out))
+    if trainer.state.global_step < trainer.state.max_steps:
+        return out  # stopped by SIGTERM: the checkpoint is written
+    model.config.use_cache = model.config.text_config.use_cache = True  # Trainer turned it off
+    trainer.save_model(str(out / "final"))
+    if trainer.args.should_save:
+        processor.save_pretrained(out / "final")
+    return out / "final"
+
+
+def _mixture_of(trainer: MarsTrainer) -> MixtureDataset:
+    return getattr(trainer.train_dataset, "rows", trainer.train_dataset)
+
+
+__all__ = ["build_model", "build_source", "make_trainer", "train", "training_arguments"]

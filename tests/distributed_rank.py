@@ -1,0 +1,103 @@
+"""
+One rank of a run that `test_distributed.py` starts: FOLDER, then how it is spread: alone, ddp or fsdp.
+
+accelerate shards on accelerators only; that CPU ranks may be sharded too is all that is told to it here.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from mars_hf import MarsForConditionalGeneration, MarsProcessor
+from mars_hf.training.collation import AlignedCollator
+from mars_hf.training.mixture import MixtureDataset, Source
+from mars_hf.training.trainer import MarsTrainer
+
+FSDP = {
+    "version": 2,
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "transformer_layer_cls_to_wrap": ["MarsDecoderLayer"],
+    "state_dict_type": "FULL_STATE_DICT",
+    "cpu_ram_efficient_loading": False,
+}
+
+
+def let_cpu_ranks_be_sharded() -> None:
+    """Say that several CPU ranks are what several GPUs are."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    original = PartialState.__init__
+
+    def patched(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if self._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
+            self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = patched
+
+
+class Rows(MixtureDataset):
+    """A mixture in which every seventh batch is text alone, so that one rank of a step has no visual token."""
+
+    def __getitem__(self, index: int) -> dict:
+        row = super().__getitem__(index)
+        if index // self.batch_size % 7 == 3:
+            words = [3, 4, 5, 6 + index % 4]
+            return {"input_ids": words, "labels": words, "image_sizes": [], "task": "text"}
+        return row
+
+
+def rows(processor: MarsProcessor, count: int) -> Rows:
+    """Pictures of several sizes, captions and documents of several lengths."""
+    rng = torch.Generator().manual_seed(0)
+    records = []
+    for number in range(8):
+        height, width = [(12, 8), (16, 16), (8, 24)][number % 3]
+        codes = torch.randint(0, 40, (height * width // 16,), generator=rng).tolist()
+        records.append({"image_codes": codes, "height": height, "width": width, "caption": "abcdefgh"[: number + 1]})
+    stories = [{"segments": ["one\n", record, "two\n", records[number - 1]]} for number, record in enumerate(records)]
+    sources = [
+        Source("text-to-image", 0.5, records, lambda record, rng: record["caption"], code_noise=0.5),
+        Source("captioning", 0.25, records, lambda record, rng: record["caption"]),
+        Source("documents", 0.25, stories),
+    ]
+    return Rows(processor, sources, batch_size=2, num_batches=count, batches_per_step=2)
+
+
+def main(folder: Path, spread: str) -> None:
+    torch.set_num_threads(1)
+    if spread == "fsdp":
+        let_cpu_ranks_be_sharded()
+    model = MarsForConditionalGeneration.from_pretrained(folder / "start")
+    processor = MarsProcessor.from_pretrained(folder / "start")
+    args = TrainingArguments(
+        str(folder / spread),
+        max_steps=30,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2 if spread == "alone" else 1,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_steps=30,
+        report_to=[],
+        use_cpu=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        fsdp=spread == "fsdp",
+        fsdp_config=FSDP if spread == "fsdp" else None,
+    )
+    collate = AlignedCollator(model.config, processor.tokenizer.pad_token_id)
+    trainer = MarsTrainer(model=model, args=args, train_dataset=rows(processor, 60), data_collator=collate)
+    trainer.train()
+    kinds = {type(parameter).__name__ for parameter in trainer.model_wrapped.parameters()}
+    if args.process_index == 0:
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        facts = {"losses": losses, "parameters": sorted(kinds), "processes": args.world_size}
+        (folder / f"{spread}.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,39 @@
+"""Runs on two ranks against the same run on one: unequal lengths, other tasks, a rank without any visual token."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mars_hf import MarsForConditionalGeneration
+
+RANK = Path(__file__).parent / "distributed_rank.py"
+pytestmark = pytest.mark.integration
+
+
+def run(folder, spread):
+    launch = [] if spread == "alone" else ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command = [sys.executable, *launch, str(RANK), str(folder), spread]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / f"{spread}.json").read_text())
+
+
+def test_two_ranks_train_as_one_replicated_and_sharded(tiny_model, tiny_processor, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "start")
+    tiny_processor.save_pretrained(tmp_path / "start")
+    alone = run(tmp_path, "alone")
+    for spread, parameters in (("ddp", "Parameter"), ("fsdp", "DTensor")):
+        spread_out = run(tmp_path, spread)
+        assert spread_out["processes"] == 2 and parameters in spread_out["parameters"]
+        gaps = [abs(a - b) for a, b in zip(alone["losses"], spread_out["losses"], strict=True)]
+        assert len(gaps) == 30 and max(gaps) < 1e-5
+        one, two = (
+            MarsForConditionalGeneration.from_pretrained(tmp_path / name / "checkpoint-30")
+            for name in ("alone", spread)
+        )
+        for name, parameter in two.named_parameters():
+            assert torch.allclose(parameter, one.get_parameter(name), atol=1e-4), name

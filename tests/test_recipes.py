@@ -1,0 +1,122 @@
+"""Recipes: what is refused before anything is loaded, and a run from a file to a finished model."""
+
+import copy
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+
+from mars_hf import MarsForConditionalGeneration, MarsProcessor
+from mars_hf.modeling_mars import is_visual_parameter
+from mars_hf.training.recipe import RECIPES, STAGES, Recipe
+from mars_hf.training.run import train
+
+GOOD = {
+    "stage": "alignment",
+    "model": {"base": "base"},
+    "data": [{"source": "pairs.parquet", "task": "text-to-image"}],
+    "training": {"max_steps": 4, "per_device_train_batch_size": 2, "save_steps": 2, "disable_tqdm": True},
+}
+
+
+def changed(path, value):
+    recipe = copy.deepcopy(GOOD)
+    place = recipe
+    *parents, last = path
+    for key in parents:
+        place = place.setdefault(key, {}) if isinstance(key, str) else place[key]
+    place[last] = value
+    return recipe
+
+
+def written(tmp_path, recipe):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_recipe_of_the_package_reads(path):
+    recipe = Recipe.load(str(path.relative_to(RECIPES).with_suffix("")))
+    assert recipe.about and recipe.loss_scope in ("joint", "grammar") and recipe.trained_codes_per_step
+
+
+def test_the_papers_numbers_stand_in_its_recipes():
+    for name in ("stage1", "stage2", "stage3"):
+        optimizer = Recipe.load(f"paper/{name}").optimizer
+        assert (optimizer.name, optimizer.adam_beta2, optimizer.weight_decay) == ("adamw", 0.95, 0.1)
+        assert optimizer.learning_rate == 1e-4
+    assert [Recipe.load(f"paper/stage{n}").training["num_train_epochs"] for n in (1, 2, 3)] == [1, 2, 1]
+    assert {"alignment", "refinement", "super-resolution", "documents"} == set(STAGES)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["stages"], 1, "`stages` is no key.*Did you mean `stage`"),
+        (["stage"], "alinement", "`stage` must be one of alignment.*'alinement'"),
+        (["training", "learning_rte"], 1, r"training\.learning_rte.*no key"),
+        (["training", "num_train_epochs"], 1, "`max_steps` or `num_train_epochs`, and not both"),
+        (["training", "seed"], 1, "`training.seed` is set elsewhere"),
+        (["model", "text"], "text", "either `base`.*or both `text` and `vqgan`"),
+        (["loss"], {"scope": "codes"}, "`loss.scope` must be one of joint, grammar, got 'codes'"),
+        (["optimizer"], {"name": "muon"}, "muon_learning_rate` goes with"),
+        (["optimizer"], {"learning_rate": "fast"}, "`optimizer.learning_rate`"),
+        (["data"], [], "at least one source"),
+        (["data", 0, "task"], "drawing", "`data.task` must be one of.*'drawing'"),
+        (["data", 0, "shares"], 0.5, r"`data\[0\].shares` is no key.*`share`"),
+        (["codes_per_step"], "4", "`codes_per_step`"),
+    ],
+)
+def test_a_recipe_that_is_wrong_is_refused_with_the_place(tmp_path, path, value, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe.load(written(tmp_path, changed(path, value)))
+
+
+def test_a_recipe_that_does_not_exist_is_refused_with_those_that_do(tmp_path):
+    with pytest.raises(ValueError, match="no recipe emoji/stage9.*emoji/stage1.*paper/stage1"):
+        Recipe.load("emoji/stage9")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ValueError, match="a mapping"):
+        Recipe.load(tmp_path / "list.yaml")
+
+
+@pytest.fixture
+def folder(tiny_model, tiny_processor, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "base")
+    tiny_processor.save_pretrained(tmp_path / "base")
+    rng = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 40, (6, 16), generator=rng).tolist()
+    pairs = {"image_codes": codes, "height": [16] * 6, "width": [16] * 6, "caption_en": list("abcdef")}
+    Dataset.from_dict(pairs).to_parquet(tmp_path / "pairs.parquet")
+    return tmp_path
+
+
+def recipe_in(folder, **changes):
+    recipe = copy.deepcopy(GOOD)
+    recipe["model"]["base"] = str(folder / "base")
+    recipe["data"][0]["source"] = str(folder / "pairs.parquet")
+    return Recipe.load(written(folder, {**recipe, **changes}))
+
+
+def test_a_run_trains_the_visual_part_and_leaves_a_complete_model(folder):
+    final = train(recipe_in(folder), folder / "run")
+    model, before = (MarsForConditionalGeneration.from_pretrained(at) for at in (final, folder / "base"))
+    MarsProcessor.from_pretrained(final)
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before.get_parameter(n))}
+    assert moved and all(is_visual_parameter(name) for name in moved)
+
+
+def test_a_run_is_not_continued_by_another_recipe_unless_allowed(folder):
+    train(recipe_in(folder), folder / "run")
+    with pytest.raises(ValueError, match=r"another `recipe.seed`: 0 before, now 1"):
+        train(recipe_in(folder, seed=1), folder / "run")
+    train(recipe_in(folder, seed=1), folder / "run", allow_changes=True)
+
+
+def test_records_that_do_not_fit_are_refused_before_the_first_step(folder):
+    bad = {"image_codes": [[99] * 16], "height": [16], "width": [16], "caption_en": ["a"]}
+    Dataset.from_dict(bad).to_parquet(folder / "pairs.parquet")
+    with pytest.raises(ValueError, match="broken"):
+        train(recipe_in(folder), folder / "run")
