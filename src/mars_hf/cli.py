@@ -29,14 +29,15 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the whole trace of an
 
 
 @contextmanager
-def _one_line_errors(debug: bool) -> Iterator[None]:
+def _one_line_errors(debug: bool, extra: str = "data") -> Iterator[None]:
     """Tell what a user can mend in one line, and exit with 2 for a wrong argument, 1 for a failing machine."""
     try:
         yield
     except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:
         if debug:
             raise
-        hint = ". The extras bring it: pip install 'mars_hf[data]'" if isinstance(error, ModuleNotFoundError) else ""
+        missing = isinstance(error, ModuleNotFoundError)
+        hint = f". The extras bring it: pip install 'mars_hf[{extra}]'" if missing else ""
         typer.echo(f"mars-hf: {error}{hint}", err=True)
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
 
@@ -149,6 +150,32 @@ def generate(
         seconds = time.perf_counter() - started
         contact_sheet([pictures[0]["generated_image"] for pictures in drawn], prompts).save(out)
         typer.echo(f"{out} (drawn in {seconds:.1f} s)")
+
+
+@app.command()
+def evaluate(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="YAML file, or one in the package: emoji, coco, compbench.")
+    ],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value, e.g. prompts.limit=100.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Draw the pictures of an evaluation, measure them and write tables; called again, it continues. Extra `eval`."""
+    with _one_line_errors(debug, extra="eval"):
+        from mars_hf.evaluation.config import load_config
+
+        settings = load_config(config, changes or [])
+        import torch
+
+        from mars_hf.evaluation.evaluate import evaluate as run_evaluation
+
+        torch.set_flush_denormal(True)
+        if run_evaluation(settings) is not None:
+            out = Path(settings.out)
+            typer.echo((out / "results.md").read_text(encoding="utf-8").split("---\n", 2)[2].strip())
+            typer.echo(f"\n{out / 'results.md'}, {out / 'results.json'}")
 
 
 def _require_writable(out: Path) -> None:
