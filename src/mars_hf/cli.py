@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Make data sets.", no_args_is_help=True)
 app.add_typer(data, name="data")
+study = typer.Typer(help="Ask people which of two pictures is better.", no_args_is_help=True)
+app.add_typer(study, name="study")
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole trace of an error.")]
 
@@ -176,6 +178,39 @@ def evaluate(
             out = Path(settings.out)
             typer.echo((out / "results.md").read_text(encoding="utf-8").split("---\n", 2)[2].strip())
             typer.echo(f"\n{out / 'results.md'}, {out / 'results.json'}")
+
+
+@study.command("make")
+def study_make(
+    first: Annotated[Path, typer.Argument(help="Folder of pictures that `evaluate` drew, e.g. OUT/pictures/RUN.")],
+    second: Annotated[Path, typer.Argument(help="Another one, of the same prompts.")],
+    out: Annotated[Path, typer.Option(help="Folder for study.html (to give away) and key.json (to keep).")],
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs to show.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of their choice, order and sides.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Write a page that shows pairs of pictures blind and saves a participant's votes as a file."""
+    with _one_line_errors(debug, extra="eval"):
+        from mars_hf.evaluation.preference import write_study
+
+        count = write_study(first, second, out, pairs, seed)
+        typer.echo(f"{out / 'study.html'}: {count} pairs")
+
+
+@study.command("tally")
+def study_tally(
+    folder: Annotated[Path, typer.Argument(help="Folder of the study.")],
+    votes: Annotated[list[Path], typer.Argument(help="Files of votes.")],
+    debug: Debug = False,
+) -> None:
+    """Count the votes: the share of the first folder among votes with a preference, and its 95 % interval."""
+    with _one_line_errors(debug, extra="eval"):
+        from mars_hf.evaluation.preference import tally
+
+        for found in tally(folder / "key.json", votes):
+            low, high = (100 * end for end in found.interval)
+            counts = f"{found.first} first, {found.second} second, {found.equal} equal"
+            typer.echo(f"{found.question}: {100 * found.share:.1f} % [{low:.1f}, {high:.1f}] for the first ({counts})")
 
 
 def _require_writable(out: Path) -> None:
