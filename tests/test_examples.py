@@ -84,3 +84,21 @@ def test_the_training_scripts_lead_from_data_to_a_drawing(tmp_path: Path, make_t
     draw = ("generate", "square 3", "--out", "drawn.png", "--model", "mars")
     run(sys.executable, "-m", "mars_hf.cli", *draw, cwd=tmp_path)
     assert Image.open(tmp_path / "drawn.png").width > 64
+
+
+def test_the_judge_scores_drawings_of_the_embedded_checkpoint(tmp_path: Path) -> None:
+    write_data(tmp_path / "emoji-64", 64)
+    judge = ("--data", "emoji-64", "--out", "judge", "--max-steps", "2", "--batch-size", "4")
+    said = run(sys.executable, str(ROOT / "examples" / "train_judge.py"), *judge, cwd=tmp_path)
+    assert "validation, zh: of 6 prompts" in said
+    clip = "{clip: judge/final}"
+    changes = {
+        "out": "out",
+        "prompts.data": "emoji-64",
+        "prompts.limit": "3",
+        "runs": "{guidance-4: {guidance_scale: 4.0, pictures_per_prompt: 2}}",
+        "metrics": f"{{clip_score: {clip}, best_of: {clip}, retrieval: {clip}}}",
+    }
+    settings = [part for name, value in changes.items() for part in ("--set", f"{name}={value}")]
+    said = run(sys.executable, "-m", "mars_hf.cli", "evaluate", "emoji", *settings, cwd=tmp_path)
+    assert "| guidance-4 | best of 2 | zh | 3 |" in said

@@ -24,19 +24,22 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Make data sets.", no_args_is_help=True)
 app.add_typer(data, name="data")
+study = typer.Typer(help="Ask people which of two pictures is better.", no_args_is_help=True)
+app.add_typer(study, name="study")
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole trace of an error.")]
 
 
 @contextmanager
-def _one_line_errors(debug: bool) -> Iterator[None]:
+def _one_line_errors(debug: bool, extra: str = "data") -> Iterator[None]:
     """Tell what a user can mend in one line, and exit with 2 for a wrong argument, 1 for a failing machine."""
     try:
         yield
     except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:
         if debug:
             raise
-        hint = ". The extras bring it: pip install 'mars_hf[data]'" if isinstance(error, ModuleNotFoundError) else ""
+        missing = isinstance(error, ModuleNotFoundError)
+        hint = f". The extras bring it: pip install 'mars_hf[{extra}]'" if missing else ""
         typer.echo(f"mars-hf: {error}{hint}", err=True)
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
 
@@ -221,6 +224,65 @@ def train(
         from mars_hf.training.run import train as run
 
         typer.echo(str(run(Recipe.load(recipe), out, compile_pictures, allow_changes)))
+
+
+@app.command()
+def evaluate(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="YAML file, or one in the package: emoji, coco, compbench.")
+    ],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value, e.g. prompts.limit=100.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Draw the pictures of an evaluation, measure them and write tables; called again, it continues. Extra `eval`."""
+    with _one_line_errors(debug, extra="eval"):
+        from mars_hf.evaluation.config import load_config
+
+        settings = load_config(config, changes or [])
+        import torch
+
+        from mars_hf.evaluation.evaluate import evaluate as run_evaluation
+
+        torch.set_flush_denormal(True)
+        if run_evaluation(settings) is not None:
+            out = Path(settings.out)
+            typer.echo((out / "results.md").read_text(encoding="utf-8").split("---\n", 2)[2].strip())
+            typer.echo(f"\n{out / 'results.md'}, {out / 'results.json'}")
+
+
+@study.command("make")
+def study_make(
+    first: Annotated[Path, typer.Argument(help="Folder of pictures that `evaluate` drew, e.g. OUT/pictures/RUN.")],
+    second: Annotated[Path, typer.Argument(help="Another one, of the same prompts.")],
+    out: Annotated[Path, typer.Option(help="Folder for study.html (to give away) and key.json (to keep).")],
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs to show.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of their choice, order and sides.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Write a page that shows pairs of pictures blind and saves a participant's votes as a file."""
+    with _one_line_errors(debug, extra="eval"):
+        from mars_hf.evaluation.preference import write_study
+
+        count = write_study(first, second, out, pairs, seed)
+        typer.echo(f"{out / 'study.html'}: {count} pairs")
+
+
+@study.command("tally")
+def study_tally(
+    folder: Annotated[Path, typer.Argument(help="Folder of the study.")],
+    votes: Annotated[list[Path], typer.Argument(help="Files of votes.")],
+    debug: Debug = False,
+) -> None:
+    """Count the votes: the share of the first folder among votes with a preference, and its 95 % interval."""
+    with _one_line_errors(debug, extra="eval"):
+        from mars_hf.evaluation.preference import tally
+
+        for found in tally(folder / "key.json", votes):
+            low, high = (100 * end for end in found.interval)
+            counts = f"{found.first} first, {found.second} second, {found.equal} equal"
+            typer.echo(f"{found.question}: {100 * found.share:.1f} % [{low:.1f}, {high:.1f}] for the first ({counts})")
 
 
 def _require_writable(out: Path) -> None:

@@ -1,0 +1,134 @@
+"""
+Drawing for an evaluation: a checkpoint with every knob spelled out, true pictures, the VQ-GAN's reconstructions.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+
+from .. import MarsForConditionalGeneration, MarsProcessor
+from ..drawing_mars import GUIDANCE_SCHEDULES
+from .config import RunConfig
+from .pictures import Task
+from .prompts import PromptSet
+
+# What `generate` takes where neither the run nor the checkpoint says otherwise.
+GENERATE_DEFAULTS: dict[str, Any] = {
+    "guidance_scale": 1.0,
+    "guidance_schedule": "constant",
+    "guidance_interval": [0.0, 1.0],
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "min_p": None,
+}
+
+
+class Drawer:
+    """
+    Draws tasks with a checkpoint and one way of sampling.
+
+    Args:
+        model ([`MarsForConditionalGeneration`]): The checkpoint.
+        processor ([`MarsProcessor`]): Its processor.
+        run ([`RunConfig`]): The way of sampling.
+        height (`int`): Of the pictures, in pixels.
+        width (`int`): Of the pictures, in pixels.
+
+    Raises:
+        ValueError: If the checkpoint cannot draw so.
+    """
+
+    def __init__(
+        self,
+        model: MarsForConditionalGeneration,
+        processor: MarsProcessor,
+        run: RunConfig,
+        height: int,
+        width: int,
+    ):
+        self.model, self.processor, self.height, self.width = model, processor, height, width
+        self.sampling = self._spell_out(run)
+        self.negative_prompt = run.negative_prompt
+        trained, factor = model.config.trained_codes_per_step, model.config.downsample_factor
+        if self.sampling["codes_per_step"] not in trained:
+            raise ValueError(
+                f"The checkpoint was not trained to draw {self.sampling['codes_per_step']} codes a step, only "
+                f"{', '.join(map(str, trained))} (`config.codes_per_step`). Leave the run out."
+            )
+        if model.vqgan is None:
+            raise ValueError("The checkpoint has no VQ-GAN (`config.vq_config`): it cannot make pictures of codes.")
+        if height % factor or width % factor:
+            raise ValueError(f"Height and width must be multiples of {factor}, got {height} and {width}.")
+        if self.sampling["guidance_schedule"] not in GUIDANCE_SCHEDULES:
+            raise ValueError(
+                f"`guidance_schedule` must be one of {', '.join(GUIDANCE_SCHEDULES)}, got "
+                f"{self.sampling['guidance_schedule']!r}."
+            )
+
+    def _spell_out(self, run: RunConfig) -> dict[str, Any]:
+        """Give every knob its value: the run's, else the checkpoint's, else `generate`'s."""
+        own = self.model.generation_config
+        sources = [asdict(run), getattr(own, "image_defaults", None) or {}, vars(own), GENERATE_DEFAULTS]
+        values = {n: next((s[n] for s in sources if s.get(n) is not None), None) for n in GENERATE_DEFAULTS}
+        if not values["do_sample"]:  # the likeliest code needs none of them, and the library warns of them
+            values |= dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
+        k = run.codes_per_step or self.model.config.trained_codes_per_step[0]
+        return {**values, "codes_per_step": k, "code_order": self.model.config.code_order}
+
+    def settings(self) -> dict[str, Any]:
+        """Say what the pictures depend on, beside prompts and checkpoint."""
+        size = {"height": self.height, "width": self.width}
+        return {**size, "dtype": str(self.model.dtype), "negative_prompt": self.negative_prompt, **self.sampling}
+
+    def __call__(self, tasks: list[Task]) -> list[Image.Image]:
+        """Draw a batch; each picture from its own seed."""
+        device = self.model.device
+        inputs = self.processor(
+            [task.prompt.text for task in tasks],
+            height=self.height,
+            width=self.width,
+            negative_prompt=self.negative_prompt,
+            return_tensors="pt",
+        ).to(device)
+        generators = [torch.Generator(device).manual_seed(task.seed) for task in tasks]
+        given = {name: value for name, value in self.sampling.items() if value is not None}
+        drawn = self.model.generate(**inputs, generation_mode="image", generator=generators, **given)
+        pixels = self.model.decode_image_tokens(drawn, inputs["image_sizes"])
+        return self.processor.post_process_multimodal_output(pixels, generation_mode="image")
+
+
+class References:
+    """Gives the true pictures of tasks, cut to the shape of the drawings around their middle and resized."""
+
+    def __init__(self, prompts: PromptSet, height: int, width: int):
+        self.prompts, self.size = prompts, (width, height)
+
+    def settings(self) -> dict[str, Any]:
+        return {"height": self.size[1], "width": self.size[0], "pictures": "true"}
+
+    def __call__(self, tasks: list[Task]) -> list[Image.Image]:
+        true = (self.prompts.reference(task.number).convert("RGB") for task in tasks)
+        return [
+            one if one.size == self.size else ImageOps.fit(one, self.size, Image.Resampling.BICUBIC) for one in true
+        ]
+
+
+class Reconstructions:
+    """Gives what a checkpoint's VQ-GAN makes of the true pictures of tasks: what no drawing can surpass."""
+
+    def __init__(self, model: MarsForConditionalGeneration, processor: MarsProcessor, references: References):
+        self.model, self.processor, self.references = model, processor, references
+
+    def settings(self) -> dict[str, Any]:
+        return {**self.references.settings(), "dtype": str(self.model.dtype), "pictures": "reconstructed"}
+
+    def __call__(self, tasks: list[Task]) -> list[Image.Image]:
+        true = self.references(tasks)
+        pixels = self.processor.image_processor(true, do_resize=False, return_tensors="pt")["pixel_values"]
+        codes = self.model.encode_image(pixels.to(self.model.device))
+        self.processor.image_tokenizer = self.model.vqgan
+        return self.processor.decode_images(codes, [list(pixels.shape[2:])] * len(codes))

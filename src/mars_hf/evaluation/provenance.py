@@ -1,0 +1,56 @@
+"""
+Where a result comes from: which checkpoint, by its hash, and which versions.
+"""
+
+import hashlib
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from .. import DEFAULT_CHECKPOINT, __version__
+
+LIBRARIES = ("torch", "transformers", "diffusers")
+HASHED_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt")
+
+
+def checkpoint_folder(name: str) -> Path:
+    """
+    Find the folder of a checkpoint: the embedded one, a folder, or one that is brought from the Hub.
+
+    Raises:
+        ValueError: If there is no such checkpoint.
+    """
+    if name == DEFAULT_CHECKPOINT.name:
+        return DEFAULT_CHECKPOINT
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ValueError(f"{name!r} is neither a folder nor a repository that the Hub gave: {error}") from None
+
+
+def fingerprint(path: str | os.PathLike) -> str:
+    """
+    Hash a checkpoint: the names and contents of its weights, configurations and tokenizer, or one file.
+
+    Returns:
+        `str`: A SHA-256 in hexadecimal.
+    """
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in HASHED_SUFFIXES)
+    whole = hashlib.sha256()
+    for file in tqdm(files, desc="Hashing the checkpoint", unit="file", leave=False, delay=5):
+        with file.open("rb") as stream:
+            whole.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """Give the versions that pictures may depend on."""
+    return {"mars_hf": __version__, **{name: version(name) for name in LIBRARIES}}
