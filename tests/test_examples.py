@@ -29,8 +29,7 @@ def test_the_examples_of_the_readme_run_as_pasted(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert len(blocks) >= 2
     run(sys.executable, "-m", "mars_hf.cli", "export", "mars-emoji", cwd=tmp_path)  # the folder that they name
-    for block in blocks:
-        run(sys.executable, "-c", block, cwd=tmp_path)
+    run(sys.executable, "-c", "\n".join(blocks), cwd=tmp_path)  # one after the other, as in a session
     for number in range(2):
         with Image.open(tmp_path / f"picture-{number}.png") as picture:
             assert picture.size == (64, 64)
@@ -69,8 +68,8 @@ def test_the_training_scripts_lead_from_data_to_a_drawing(tmp_path: Path, make_t
     data = ("emoji-64", "emoji-128")
     said = script("train_vqgan.py", "--data", *data, "--out", "vqgan", "--max-steps", "2", "--batch-size", "2")
     assert "test, 128 px" in said
-    encode = ("data", "encode", "--model", "vqgan", "--data", "emoji-64", "--out", "emoji-64-codes")
-    run(sys.executable, "-m", "mars_hf.cli", *encode, cwd=tmp_path)
+    encode = ("data", "encode", "--model", "vqgan", "--data", "emoji-64", "--size", "64", "64")
+    run(sys.executable, "-m", "mars_hf.cli", *encode, "--out", "emoji-64-codes", cwd=tmp_path)
     recipe = yaml.safe_load((RECIPES / "emoji" / "stage1.yaml").read_text())
     recipe["model"] |= {"text": "text", "vqgan": "vqgan"}
     for source in recipe["data"]:

@@ -3,6 +3,8 @@ What transformers' own generation tests ask of a model, whose mixin is not in th
 language model with the same weights, image mode against plain loops of forwards, compiled and exported against eager.
 """
 
+from itertools import accumulate
+
 import pytest
 import torch
 from transformers import CompileConfig, DynamicCache, QuantizedCache, StaticCache
@@ -274,11 +276,8 @@ def test_a_sampled_drawing_equals_a_loop_that_samples(model):
     for _ in range(16):
         scores = code_scores(model, model(row).logits) / 0.7
         scores = scores.masked_fill(scores < scores.topk(9).values[:, -1:], -torch.inf)
-        remaining = torch.rand(1, generator=rng, dtype=torch.float64).item()
-        for code, chance in enumerate(scores.softmax(-1)[0].tolist()):
-            remaining -= chance
-            if remaining < 0:
-                break
+        point = torch.rand(1, generator=rng, dtype=torch.float64).item()
+        code = sum(chance <= point for chance in accumulate(scores.softmax(-1)[0].tolist()))
         row = torch.cat([row, torch.tensor([[code + model.config.image_token_offset]])], dim=1)
     assert torch.equal(drawn[:, :-1], row)
 

@@ -364,8 +364,8 @@ class MarsGenerationMixin(GenerationMixin):
             )
         if k > 1:
             raise ValueError(
-                f"`jacobi_window={window}` guesses ahead of one code a step, but `codes_per_step` is {k}. Leave one of "
-                "them out, or set `codes_per_step=1` with a checkpoint that was trained for it."
+                f"`jacobi_window={window}` guesses ahead of one code a step, but `codes_per_step` is {k}. Leave one "
+                "of them out, or set `codes_per_step=1` with a checkpoint that was trained for it."
             )
         if cache_implementation not in (None, "dynamic"):
             raise ValueError(

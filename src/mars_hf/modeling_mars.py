@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -102,6 +103,27 @@ class ModalityRouter:
         return merged.view(*self.visual_mask.shape, -1)
 
 
+def grouped_sdpa(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    **unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """
+    Attend as the library's sdpa does, with a mask, but without copying keys and values for every head of a group: the
+    heads of a group stand one behind the other as queries. In decoding the copies cost more than the attention.
+    """
+    batch, heads, length, head_dim = query.shape
+    groups = heads // key.shape[1]
+    queries = query.reshape(batch, key.shape[1], groups * length, head_dim)
+    mask = attention_mask[..., : key.shape[-2]].repeat(1, 1, groups, 1)
+    output = F.scaled_dot_product_attention(queries, key, value, attn_mask=mask, scale=scaling)
+    return output.view(batch, heads, length, head_dim).transpose(1, 2), None
+
+
 class MarsAttention(nn.Module):
     """
     Multi-head attention across modalities with separate projections per modality (Attention-MoE, equation 3).
@@ -170,6 +192,9 @@ class MarsAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        is_drawing = router.modality == "image" and attention_mask is not None and not self.training
+        if is_drawing and attention_interface is sdpa_attention_forward:
+            attention_interface = grouped_sdpa
         attn_output, attn_weights = attention_interface(
             self,
             query,

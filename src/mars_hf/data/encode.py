@@ -52,7 +52,7 @@ def load_image_tokenizer(
     Load the VQ-GAN of a checkpoint without its language model, and the image processor.
 
     Args:
-        model (`str` or `Path`): Folder of a MARS, or its name on the Hub.
+        model (`str` or `Path`): Folder of a MARS or of a diffusers `VQModel`, or its name on the Hub.
         device (`str` or `torch.device`, defaults to `"cpu"`): Where the VQ-GAN goes.
 
     Returns:
@@ -67,6 +67,11 @@ def load_image_tokenizer(
     folder = Path(model)
     if not folder.is_dir():
         folder = Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors"]))
+    if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name") == "VQModel":
+        vqgan = VQModel.from_pretrained(folder).eval()
+        config = MarsConfig(vq_config={k: v for k, v in vqgan.config.items() if k[0] != "_"})
+        side = {"height": config.default_image_size, "width": config.default_image_size}
+        return vqgan.to(device), MarsImageProcessor(size=side, downsample_factor=config.downsample_factor)
     config = MarsConfig.from_pretrained(folder)
     if config.vq_config is None:
         raise ValueError(f"{model} has no VQ-GAN: its configuration has no `vq_config`. Choose a model with one.")

@@ -449,10 +449,12 @@ class ShuffledStream(TorchIterableDataset):
             self._pass += 1
 
     def _stream_of(self, number: int) -> IterableDataset:
-        seed, block = _seed_of_pass(self.settings["seed"], number), self.settings["buffer_size"]
+        seed = _seed_of_pass(self.settings["seed"], number)
+        blocks = {"batched": True, "batch_size": self.settings["buffer_size"], "with_indices": True}
         shuffle = partial(_shuffle_block, seed=seed)
-        shards = self.dataset.shuffle(seed=seed, buffer_size=1)
-        return shards.map(shuffle, with_indices=True, batched=True, batch_size=block, features=self.dataset.features)
+        stream = self.dataset.map(shuffle, **blocks, features=self.dataset.features)
+        stream.set_epoch(1 + seed)  # shuffles shards
+        return stream
 
     def state_dict(self) -> dict[str, Any]:
         """Say where the stream stands: after the record that it gave last."""
@@ -473,7 +475,9 @@ def _shuffle_block(block: dict[str, list[Any]], indices: list[int], seed: int) -
 
 def tokenizer_fingerprint(vqgan: "VQModel") -> str:
     """
-    Tell image tokenizers apart: the sha256 of the configuration and of all tensors, by name.
+    Tell image tokenizers apart: the sha256 of the configuration and of all tensors, by name, as bfloat16.
+
+    Weights are often stored in half precision: the rounded tokenizer is the same one.
 
     Returns:
         `str`: 64 hexadecimal digits. Equal ones give equal codes for equal pixels, up to rounding.
@@ -481,8 +485,8 @@ def tokenizer_fingerprint(vqgan: "VQModel") -> str:
     config = {name: value for name, value in vqgan.config.items() if not name.startswith("_")}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(vqgan.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().to(torch.bfloat16).contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
