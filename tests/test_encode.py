@@ -196,7 +196,13 @@ def test_documents_keep_their_texts_and_get_codes_in_their_pictures_place(
         [{"text": "c"}, {"image": png(1)[:-900]}, {"image": png(1)}],  # one broken picture spoils a document
         [{"image": png(3)}],
     ]
-    segments = [[{"text": None, "image": None, **one} for one in document] for document in segments]
+    segments = [
+        [
+            {"text": one.get("text"), "image": one.get("image") and {"bytes": one["image"], "path": None}}
+            for one in document
+        ]
+        for document in segments
+    ]
     documents = datasets.Dataset.from_dict({"segments": segments, "key": ["x", "y", "z"]}, features=features)
     rows = run(open_records(documents), tmp_path, vqgan, image_processor, limit=0.5, size={"shortest_edge": 16})
     assert [row["key"] for row in rows] == ["x", "z"]

@@ -170,7 +170,7 @@ def test_the_first_bad_record_is_named_with_what_came_and_what_was_expected() ->
 def test_a_data_set_with_a_share_of_broken_records_above_the_limit_is_refused() -> None:
     rows = make_rows()
     rows[4]["caption_en"] = rows[4]["caption_zh"] = " "
-    with pytest.raises(ValueError, match=r"More than 1.0% .* 1 no caption.*Record 4 \(key 'k4'\)"):
+    with pytest.raises(ValueError, match=r"More than 1.0% .*1 no caption.*Record 4 \(key 'k4'\)"):
         validate_records(open_records(as_dataset(rows)), on_bad="skip", progress=False)
 
 
@@ -335,7 +335,8 @@ def test_a_shuffled_stream_resumes_exactly_where_its_state_was_taken(
         states.append(json.dumps(reader.state_dict()))
     passes = [keys[start : start + NUM] for start in range(0, 3 * NUM, NUM)]
     assert all(sorted(one) == [f"k{i}" for i in range(NUM)] for one in passes)
-    assert passes[0] != passes[1] and passes[1] != passes[2]
+    if buffer_size > 1 or kind != "jsonl":  # one file and one place in the buffer: there is nothing to shuffle
+        assert passes[0] != passes[1] and passes[1] != passes[2]
     for place in range(len(keys)):
         resumed = stream()
         resumed.load_state_dict(json.loads(states[place]))
@@ -427,11 +428,13 @@ def test_a_fingerprint_tells_image_tokenizers_apart_and_survives_saving(
     fingerprint = tokenizer_fingerprint(vqgan)
     vqgan.save_pretrained(tmp_path)
     assert tokenizer_fingerprint(VQModel.from_pretrained(tmp_path)) == fingerprint
-    scaled = VQModel.from_config({**vqgan.config, "scaling_factor": 0.5})
+    config = {name: value for name, value in vqgan.config.items() if not name.startswith("_")}
+    scaled = VQModel.from_config({**config, "scaling_factor": 0.5})
     scaled.load_state_dict(vqgan.state_dict())
     assert tokenizer_fingerprint(scaled) != fingerprint
+    assert tokenizer_fingerprint(vqgan.to(torch.bfloat16).to(torch.float32)) == fingerprint  # as it is shipped
     with torch.no_grad():
-        vqgan.quantize.embedding.weight[7, 2] += 1e-6
+        vqgan.quantize.embedding.weight[7, 2] *= 1.02
     assert tokenizer_fingerprint(vqgan) != fingerprint
 
     model = make_model()
