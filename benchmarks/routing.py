@@ -21,7 +21,8 @@ All systems take turns in one process, with a dense call between any two others:
 just before and just after it. A repeat has as many turns as dense calls fit into a quarter of a second; printed are
 the median of the repeats, of times and of ratios, and the lowest and highest ratio of a repeat. With glibc, freed
 memory is kept: otherwise every large activation is paged in anew, which costs more than the routing, and falls on
-dense alone where its activations lie just above glibc's limit and those of the experts below.
+dense alone where its activations lie just above glibc's limit and those of the experts below. The title of a cell says
+how many cores the process had: well below its threads, others were at work, and the cell has to be measured again.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import NamedTuple, cast
 from unittest.mock import patch
 
@@ -59,13 +60,14 @@ LAYOUTS = ("text-to-image", "interleaved", "random")
 PASSES = {"forward": "forward", "visual": "+ backward, visual trains", "all": "+ backward, all trains"}
 
 
-class MaskRouter:
+class MaskRouter(ModalityRouter):
     """Boolean masks for reading and writing, as CogVLM routes; the masks themselves are made once."""
 
     modality = None  # of no single one
 
     def __init__(self, visual_mask: torch.Tensor):
-        self.visual_mask, self.text_mask = visual_mask, ~visual_mask
+        super().__init__(visual_mask, modality=None, impl="where")  # which prepares nothing
+        self.text_mask = ~visual_mask
 
     def split(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return hidden_states[self.text_mask], hidden_states[self.visual_mask]
@@ -82,7 +84,7 @@ def join(pieces: tuple[torch.Tensor, ...] | list[torch.Tensor]) -> torch.Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-class SpanRouter:
+class SpanRouter(ModalityRouter):
     """
     Slices of the flattened batch, cut where the modality changes.
 
@@ -92,7 +94,7 @@ class SpanRouter:
     modality = None  # of no single one
 
     def __init__(self, visual_mask: torch.Tensor):
-        self.shape = visual_mask.shape
+        super().__init__(visual_mask, modality=None, impl="where")
         kinds, lengths = torch.unique_consecutive(visual_mask.flatten(), return_counts=True)
         begins_visual, ends_visual = kinds[[0, -1]].tolist()
         self.lengths = [0] * begins_visual + lengths.tolist() + [0] * (not ends_visual)
@@ -105,23 +107,24 @@ class SpanRouter:
         text_pieces = text(parts[0]).split(self.lengths[0::2])
         visual_pieces = visual(parts[1]).split(self.lengths[1::2])
         merged = join([piece for pair in zip(text_pieces, visual_pieces, strict=True) for piece in pair])
-        return merged.view(*self.shape, -1)
+        return merged.view(*self.visual_mask.shape, -1)
 
 
-class NoRouting:
+class NoRouting(ModalityRouter):
     """The first rows for the text expert, the others for the visual one: right only if the batch is so sorted."""
 
     modality = None  # of no single one
 
     def __init__(self, visual_mask: torch.Tensor):
+        super().__init__(visual_mask, modality=None, impl="where")
         num_visual = int(visual_mask.sum())
-        self.shape, self.counts = visual_mask.shape, (visual_mask.numel() - num_visual, num_visual)
+        self.counts = (visual_mask.numel() - num_visual, num_visual)
 
     def split(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return hidden_states.flatten(0, 1).split(self.counts)
 
     def merge(self, parts: tuple[torch.Tensor, torch.Tensor], text: Callable, visual: Callable) -> torch.Tensor:
-        return torch.cat([text(parts[0]), visual(parts[1])]).view(*self.shape, -1)
+        return torch.cat([text(parts[0]), visual(parts[1])]).view(*self.visual_mask.shape, -1)
 
 
 CANDIDATES: dict[str, Callable] = {
@@ -367,10 +370,12 @@ def main(arguments: list[str] | None = None) -> None:
         check_agreement(mask, cell.layers)
         if pair is None or pair.config.text_config.num_hidden_layers != cell.layers:
             pair = Pair(QWEN_05B, cell.layers, getattr(torch, options.dtype))
+        busy, start = process_time(), perf_counter()
         results = {which: measure(mask, pair, which, options.repeats) for which in options.passes}
-        tqdm.write(f"\n{cell}\n{table(results)}")
+        cores = (process_time() - busy) / (perf_counter() - start)
+        tqdm.write(f"\n{cell} ({cores:.1f} cores)\n{table(results)}")
         records += [
-            {**cell._asdict(), "pass": which, "system": name, **times}
+            {**cell._asdict(), "cores": cores, "pass": which, "system": name, **times}
             for which, systems in results.items()
             for name, times in systems.items()
         ]

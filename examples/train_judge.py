@@ -28,10 +28,10 @@ from transformers import (
 )
 
 from mars_hf import DEFAULT_CHECKPOINT, MarsProcessor
+from mars_hf.data.emoji_captions import CaptionStyle, emoji_caption
 from mars_hf.evaluation.encoders import ClipEncoder
 from mars_hf.evaluation.metrics import retrieval_hits
 from mars_hf.evaluation.prompts import EmojiPrompts
-from mars_hf.training.alignment import CaptionStyle, emoji_caption
 from mars_hf.training.text import last_checkpoint
 
 SIZE = 64
