@@ -249,7 +249,14 @@ def _manifest_of(
         manifest = held
     elif out.is_dir() and {path.name for path in out.iterdir()} - {"data", "codes.part"}:  # a start that was cut off
         raise ValueError(f"{out} is not empty and holds no codes. Choose another folder.")
-    nothing = {"num_records": num_records, "complete": False, "shards": 0, "seen": 0, "records": 0, "left_out": {}}
+    nothing: dict[str, Any] = {
+        "num_records": num_records,
+        "complete": False,
+        "shards": 0,
+        "seen": 0,
+        "records": 0,
+        "left_out": {},
+    }
     done = manifest["splits"].setdefault(split, nothing)
     if done["num_records"] != num_records:
         raise ValueError(

@@ -384,13 +384,13 @@ class ShuffledOrder:
         if num_records < 1:
             raise ValueError(f"An order needs at least one record, got {num_records}.")
         self.num_records, self.seed = num_records, seed
-        self._bounds = None if weights is None else torch.as_tensor(weights).double().cumsum(0)
+        self._bounds = None if weights is None else weights.double().cumsum(0)
         if weights is not None and not (
-            len(weights) == num_records and (weights >= 0).all() and 0 < self._bounds[-1] < torch.inf
+            weights.shape == (num_records,) and (weights >= 0).all() and 0 < weights.double().sum() < torch.inf
         ):
             raise ValueError(
-                f"`weights` must be {num_records} numbers from 0 on with a finite sum above 0, got "
-                f"{len(weights)} from {weights.min():g} on."
+                f"`weights` must be {num_records} numbers from 0 on with a finite sum above 0, got shape "
+                f"{tuple(weights.shape)} from {weights.min():g} on."
             )
         self._pass, self._order = -1, torch.empty(0)
 
@@ -433,15 +433,18 @@ class ShuffledStream(TorchIterableDataset):
         if buffer_size < 1:
             raise ValueError(f"`buffer_size` must be 1 record or more, got {buffer_size}.")
         self.dataset, self.settings = dataset, {"seed": seed, "buffer_size": buffer_size}
-        self._pass, self._stream, self._saved = 0, None, None
+        self._pass = 0
+        self._stream: IterableDataset | None = None
+        self._saved: dict[str, Any] | None = None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while True:
-            self._stream, saved, self._saved = self._stream_of(self._pass), self._saved, None
+            stream, saved, self._saved = self._stream_of(self._pass), self._saved, None
+            self._stream = stream
             if saved is not None:
-                self._stream.load_state_dict(saved)
+                stream.load_state_dict(saved)
             is_empty = saved is None  # a saved state may stand at the end of a pass
-            for record in self._stream:
+            for record in stream:
                 is_empty = False
                 yield record
             if is_empty:
