@@ -205,8 +205,9 @@ def test_rows_come_as_often_as_their_weights_say(data):
         ({"sizes": [(64, 64)]}, r"another width, multiples of 8 pixels, got \(64, 64\)"),
         ({"sizes": [(64, 100)]}, r"multiples of 8 pixels, got \(64, 100\)"),
         ({"sizes": []}, "one size at least"),
-        ({"shares": {"triple": 1.0}}, "canvas, placed, part, pair, got"),
-        ({"shares": {"pair": 0.0}}, "`shares` be of"),
+        ({"shares": {"triple": 1.0}}, "canvas, placed, part, pair, none below 0"),
+        ({"shares": {"pair": 0.0}}, "not all 0; got"),
+        ({"shares": {"pair": -1.0, "part": 2.0}}, "none below 0"),
         ({"weights": [1.0]}, "one number for each of"),
         ({"split": "test"}, "belongs to 'train', but only 'test'"),
     ],
@@ -225,7 +226,7 @@ def test_held_out_rows_are_refused_in_training():
 
 def test_a_style_with_one_subject_has_no_pairs(data):
     lonely = data.filter(lambda row: row["style"] != "noto" or row["hexcode"] in ("1F534", "0031-20E3"))
-    with pytest.raises(ValueError, match=r"Pairs need two subjects .* \['noto'\] have fewer"):
+    with pytest.raises(ValueError, match=r"Pairs need two subjects .* there are fewer of \['noto'\]"):
         EmojiCompositions(lonely, 10)
     assert len(list(EmojiCompositions(lonely, 10, shares={"canvas": 1.0}))) == 10
 
@@ -260,8 +261,8 @@ def test_sets_that_do_not_match_are_refused(change, message):
 
 
 def test_the_bicubic_baseline_is_torchs():
-    picture = noise(16)
+    picture = noise(16).point(lambda value: 80 + value // 3)  # Pillow cuts at 0 and 255 after each direction
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].double()
     expected = torch.nn.functional.interpolate(pixels, scale_factor=2, mode="bicubic", antialias=True)
     drawn = torch.from_numpy(np.array(upscale_bicubic(picture))).permute(2, 0, 1)[None]
-    assert (drawn - expected.clamp(0, 255)).abs().max() <= 1
+    assert (drawn - expected).abs().max() < 1.2  # which rounds twice

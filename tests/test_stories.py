@@ -10,7 +10,7 @@ from mars_hf import DEFAULT_CHECKPOINT, MarsProcessor
 from mars_hf.data.emoji import STYLES, split_of
 from mars_hf.data.stories import EmojiStories, held_out_stories
 
-COLORS = {"red": "红", "green": "绿", "blue": "蓝", "old": "旧", "gold": "金", "black": "黑", "white": "白"}
+COLORS = {"red": "红", "green": "绿", "blue": "蓝", "pink": "粉", "gold": "金", "black": "黑", "white": "白"}
 THINGS = {"apple": "苹果", "kite": "风筝", "boat": "船", "hat": "帽子", "lamp": "灯", "door": "门", "drum": "鼓"}
 TONES = {
     "1F3FB": ("light skin tone", "较浅肤色"),
@@ -90,12 +90,13 @@ def test_text_and_pictures_take_turns_and_a_line_end_stands_before_every_picture
 @pytest.mark.parametrize(
     ("language", "expected", "document"),
     [
-        ("en", [("1F416", "noto")], "A picture of an old kite, noto style.\n#\nThat is all."),
+        ("en", [("1F416", "noto")], "A picture of a pink kite, noto style.\n#\nThat is all."),
         ("zh", [("1F400", "noto")], "一张红苹果的图片，noto 风格。\n#\n就是这些。"),
         (
             "en",
             [("1F400", "noto"), ("1F400", "twemoji")],
-            "Pictures of a red apple in two styles: noto and twemoji.\n#\n2. A red apple, twemoji style.\n#\nThat is all.",
+            "Pictures of a red apple in two styles: noto and twemoji.\n#\n2. A red apple, twemoji style.\n#\n"
+            "That is all.",
         ),
         (
             "zh",
@@ -130,8 +131,8 @@ def test_stories_read_as_written_by_hand(language, expected, document):
     hexcodes = {"1F400", "1F401", "1F402", "1F403", "1F416"} | {f"1F44B-{tone}" for tone in TONES}
     rows = [row for row in emoji_data("train") if row["hexcode"] in hexcodes]
     made = EmojiStories(Dataset.from_list(rows), 40_000)
-    found = next(made[i] for i in range(len(made)) if (made[i]["language"], made[i]["expected"]) == (language, expected))
-    assert text(found) == document
+    told = (made[index] for index in range(len(made)))
+    assert text(next(one for one in told if (one["language"], one["expected"]) == (language, expected))) == document
 
 
 def test_a_title_tells_the_number_and_every_picture_in_order(stories):
@@ -214,7 +215,7 @@ def test_held_out_titles_are_refused_where_there_are_too_few(train):
 
 
 def test_data_without_a_story_for_each_number_of_pictures_are_refused(train):
-    three_hats = [row for row in train if row["caption_en"] in ("red hat", "blue hat", "old hat")]
+    three_hats = [row for row in train if row["caption_en"] in ("red hat", "blue hat", "pink hat")]
     one_style = Dataset.from_list([row for row in three_hats if row["style"] == three_hats[0]["style"]])
     with pytest.raises(ValueError, match=r"too few for stories of \{.*4\} pictures"):
         EmojiStories(one_style, 10)

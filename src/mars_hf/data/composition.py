@@ -11,6 +11,7 @@ What this file leaves to others: size texts and codes, and the square pictures t
 
 import random
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -19,7 +20,7 @@ from PIL import Image
 
 from .emoji import split_of
 from .emoji_captions import CaptionStyle, emoji_caption
-from .text import LANGUAGES, caption_phrases, natural_name, with_article, with_style
+from .text import LANGUAGES, natural_name, with_article, with_style
 
 TEXT_COLUMNS = ["caption_en", "caption_zh", "style", "hexcode"]
 SIZES = ((64, 96), (96, 64))  # height and width in pixels
@@ -37,7 +38,7 @@ PARTS: dict[str, dict[str, str]] = {
     "top": {"en": "upper", "zh": "上部"},
     "bottom": {"en": "lower", "zh": "下部"},
 }
-# Which ends the long side of a canvas has, and which its short one.
+# Between which ends the long side of a canvas runs, by `is_wide`.
 LONG_ENDS = {True: ("left", "right"), False: ("top", "bottom")}
 PAIRED: dict[bool, dict[str, tuple[str, ...]]] = {
     True: {
@@ -79,9 +80,11 @@ def text_rows(data: Dataset, splits: Collection[str]) -> list[dict[str, str]]:
         splits (`Collection[str]`): Which splits the rows may belong to, by `split_of`.
 
     Raises:
-        ValueError: If a column is missing, or a row belongs to another split.
+        ValueError: If a column is missing, there is no row, or one belongs to another split.
     """
     rows = data.select_columns(TEXT_COLUMNS).to_list()
+    if not rows:
+        raise ValueError("The emoji data hold no row. Make them with `mars-hf data emoji`.")
     for number, row in enumerate(rows):
         split = split_of(row["hexcode"], row["style"])
         if split not in splits:
@@ -93,7 +96,7 @@ def text_rows(data: Dataset, splits: Collection[str]) -> list[dict[str, str]]:
 
 
 def is_wide(height: int, width: int) -> bool:
-    """Tell whether the long side of a canvas lies, as it does in a square by our rule."""
+    """Tell whether a canvas is wide and not tall; a square counts as wide."""
     return width >= height
 
 
@@ -111,7 +114,7 @@ def on_canvas(picture: Image.Image, height: int, width: int, place: str = "centr
     Show a whole emoji at another size: as large as fits, on white. The one rule for training and for evaluation.
 
     Args:
-        picture (`PIL.Image.Image`): Square. If its side is the shorter side of the canvas, its pixels stay as they are.
+        picture (`PIL.Image.Image`): Square. If its side is the shorter one of the canvas, its pixels stay as they are.
         height (`int`): Of the canvas, in pixels.
         width (`int`): Of the canvas, in pixels.
         place (`str`, defaults to `"centre"`): Also `"left"` and `"right"` if the canvas is wide, `"top"` and
@@ -303,13 +306,12 @@ class EmojiCompositions:
         self.shares = dict(SHARES if shares is None else shares)
         self._check_options(weights)
         weights = [1.0] * len(self.rows) if weights is None else [float(weight) for weight in weights]
-        plain = [index for index, row in enumerate(self.rows) if is_plain(row)]
         self._all = _Pool(range(len(self.rows)), weights)
-        self._to_pair = _Pool(plain, weights) if plain else None
-        self._partners = {
-            style: _Pool([index for index in plain if self.rows[index]["style"] == style], weights)
-            for style in {self.rows[index]["style"] for index in plain}
-        }
+        self._to_pair = _Pool([index for index, row in enumerate(self.rows) if is_plain(row)], weights)
+        of_style: dict[str, list[int]] = {}
+        for index in self._to_pair.indices:
+            of_style.setdefault(self.rows[index]["style"], []).append(index)
+        self._partners = {style: _Pool(indices, weights) for style, indices in of_style.items()}
         self._check_partners()
 
     def _check_options(self, weights: Sequence[float] | None) -> None:
@@ -319,23 +321,28 @@ class EmojiCompositions:
                     f"`sizes` must be pairs of a height and another width, multiples of {SIZE_UNIT} pixels, got "
                     f"{(height, width)}."
                 )
-        if not self.sizes or set(self.shares) - set(SHARES) or not sum(self.shares.values()) > 0:
+        shares = self.shares.values()
+        if not self.sizes or self.shares.keys() - SHARES.keys() or min(shares, default=0) < 0 or not sum(shares) > 0:
             raise ValueError(
-                f"`sizes` must hold one size at least and `shares` be of {', '.join(SHARES)}, got {self.sizes} and "
-                f"{self.shares}."
+                f"`sizes` must hold one size at least and `shares` numbers for {', '.join(SHARES)}, none below 0 and "
+                f"not all 0; got {self.sizes} and {self.shares}."
             )
         if weights is not None and (len(weights) != len(self.rows) or min(weights) < 0 or not sum(weights) > 0):
             raise ValueError(
-                f"`weights` must be one number for each of {len(self.rows)} rows, none below 0, got {len(weights)} "
-                f"from {min(weights)} to {max(weights)}."
+                f"`weights` must be one number for each of {len(self.rows)} rows, none below 0 and not all 0; got "
+                f"{len(weights)}, the least {min(weights, default=None)}."
             )
 
     def _check_partners(self) -> None:
-        lonely = [style for style, pool in self._partners.items() if pool.count_subjects(self.rows) < 2]
-        if self.shares.get("pair", 0) > 0 and (self._to_pair is None or lonely):
+        lonely = [
+            style
+            for style, pool in self._partners.items()
+            if len({self.rows[index]["hexcode"] for index in pool.indices}) < 2
+        ]
+        if self.shares.get("pair", 0) > 0 and (lonely or not self._partners):
             raise ValueError(
-                f"Pairs need two subjects of a style with names without commas; {lonely or 'all styles'} have fewer. "
-                "Give more rows, or `shares` without 'pair'."
+                "Pairs need two subjects of one style whose names hold no comma; there are fewer of "
+                f"{lonely or 'every style'}. Give more rows, or `shares` without 'pair'."
             )
 
     def __len__(self) -> int:
@@ -355,7 +362,7 @@ class EmojiCompositions:
         row = self.rows[index]
         captions = {}
         for language in LANGUAGES:
-            forms = CaptionStyle(float(language == "zh"), self.captions.named_style, self.captions.phrase)
+            forms = replace(self.captions, chinese=float(language == "zh"))
             captions[f"caption_{language}"] = emoji_caption(row, rng, forms)
         return {"image": on_canvas(self.data[index]["image"], height, width), **captions, **_about([row], "centre")}
 
@@ -378,11 +385,11 @@ class EmojiCompositions:
         style = self.rows[first]["style"]
         while self.rows[second]["hexcode"] == self.rows[first]["hexcode"]:
             second = self._partners[style].draw(rng)
-        rows, pictures = [self.rows[i] for i in (first, second)], [self.data[i]["image"] for i in (first, second)]
+        row, other = self.rows[first], self.rows[second]
+        image = pair_on_canvas(self.data[first]["image"], self.data[second]["image"], height, width)
         wide = is_wide(height, width)
-        captions = self._choose(pair_captions(*rows, wide), style, rng)
-        place = " and ".join(LONG_ENDS[wide])
-        return {"image": pair_on_canvas(*pictures, height, width), **captions, **_about(rows, place)}
+        captions = self._choose(pair_captions(row, other, wide), style, rng)
+        return {"image": image, **captions, **_about([row, other], " and ".join(LONG_ENDS[wide]))}
 
     def _choose(self, forms: dict[str, list[str]], style: str, rng: random.Random) -> dict[str, str]:
         captions = {}
@@ -405,9 +412,6 @@ class _Pool:
 
     def draw(self, rng: random.Random) -> int:
         return rng.choices(self.indices, cum_weights=self._cumulative)[0]
-
-    def count_subjects(self, rows: Sequence[Mapping[str, str]]) -> int:
-        return len({rows[index]["hexcode"] for index in self.indices})
 
 
 # Two resolutions

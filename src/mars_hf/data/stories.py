@@ -1,14 +1,14 @@
 """
-Emoji stories: documents of sentences and pictures, for joint generation (the paper's section 4.4 has recipes).
+Emoji stories: documents of sentences and pictures, for joint generation (the paper's section 4.6 has recipes).
 
 A story is a title, one to four pictures, a line before each, and an ending. Its title tells all that is to come, so
 that a story written for it can be judged: how many pictures, and of what.
 
 The title is itself the line of the first picture. Before its first picture a document is the frozen language model's
-alone: nothing that is trained reaches there, and the small model of mars-emoji does not bring a name from a title into
-a sentence by itself. What stands after a picture reads keys and values that are trained. Every line before a picture
-ends in a full stop and a line end, one token in both languages, so that the frozen state tells that `<img>` is due;
-sentences have the form of the lists that the language model learned (`tell_story` in `text.py`).
+alone: nothing that is trained reaches there, and the small one of mars-emoji cannot be relied on to bring a name from
+a title into a sentence. What stands after a picture reads keys and values that are trained. Every line before a
+picture ends in a full stop and a line end, one token in both languages, so that the frozen state tells that `<img>` is
+due; sentences have the form of the lists that the language model learned (`tell_story` in `text.py`).
 
 What this file leaves to others: codes, ids and labels.
 """
@@ -31,7 +31,10 @@ NUM_CLASSES = len(LANGUAGES) * MAX_PICTURES  # of stories: a language and a numb
 NUMBERS = {"en": ("one", "two", "three", "four"), "zh": "一两三四"}
 TITLES: dict[str, dict[str, str]] = {
     "single": {"en": "A picture of {a_name}, {style} style.", "zh": "一张{name}的图片，{style} 风格。"},
-    "styles": {"en": "Pictures of {a_name} in {number} styles: {list}.", "zh": "{name}的图片，{number}种风格：{list}。"},
+    "styles": {
+        "en": "Pictures of {a_name} in {number} styles: {list}.",
+        "zh": "{name}的图片，{number}种风格：{list}。",
+    },
     "skin tones": {
         "en": "{Number} pictures of {a_name}, {style} style: {list}.",
         "zh": "{name}的{number}张图片，{style} 风格：{list}。",
@@ -161,7 +164,7 @@ class EmojiStories:
     def _title(self, kind: str, pictures: list[Picture], language: str) -> str:
         labels = [self.names[hexcode][language] for hexcode, _ in pictures]
         if kind == "skin tones":
-            (name, *_), listed = zip(*(label.split(": ") for label in labels), strict=True)
+            name, listed = labels[0].split(": ")[0], [label.split(": ")[1] for label in labels]
         else:
             names = [natural_name(label, language) for label in labels]
             name = names[0]
@@ -183,9 +186,9 @@ def held_out_stories(data: Dataset, count: int = 50, seed: int = 0) -> list[dict
     """
     Give the stories whose titles are for evaluation: no training story shows the same pictures.
 
-    The rule: go through the stories of `EmojiStories(data, splits=("train", "test"), seed=seed)` in order, and keep one
-    if at least one of its pictures is of the test split and its title is new, until there are `count`, with as many
-    of each language and each number of pictures as `count` consecutive stories have.
+    The rule: go through the stories of `EmojiStories(data, splits=("train", "test"), seed=seed)` in order, and keep
+    one if at least one of its pictures is of the test split and its title is new, until there are `count`, with as
+    many of each language and each number of pictures as `count` consecutive stories have.
 
     Args:
         data (`datasets.Dataset`): Rows of the train and the test split together.
@@ -212,7 +215,8 @@ def held_out_stories(data: Dataset, count: int = 50, seed: int = 0) -> list[dict
         if len(chosen) == count:
             return list(chosen.values())
     raise ValueError(
-        f"The data hold test pairs for {len(chosen)} of {count} titles only. Give the train and the test split together."
+        f"The data hold test pairs for {len(chosen)} of {count} titles only. Give the train and the test split "
+        "together."
     )
 
 
