@@ -80,7 +80,9 @@ def data_build(
 
         summary = build_dataset(recipe)
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in summary["dropped"].items())
-        typer.echo(f"{recipe.out}: {summary['kept']:,} of {summary['items']:,} kept" + (f"; {dropped}" if dropped else ""))
+        typer.echo(
+            f"{recipe.out}: {summary['kept']:,} of {summary['items']:,} kept" + (f"; {dropped}" if dropped else "")
+        )
         typer.echo(f"{recipe.out}/report.html")
 
 

@@ -37,11 +37,10 @@ class ModelStep:
 
 
 class ModelActor:
-    """A model step in an actor of Ray's, which holds a GPU."""
+    """A model step in an actor, which holds a GPU; it loads with the first row, so that Ray can tell what failed."""
 
     def __init__(self, step: ModelStep):
         self.step = step
-        made(step.make, step.recipe)
 
     def __call__(self, row: Row) -> Iterator[Row]:
         yield from self.step(row)

@@ -79,7 +79,9 @@ class Scorer:
     def __init__(self, recipe: Recipe):
         self.recipe, self.device = recipe, _device()
         self.names = clip_models(recipe)
-        self.models = [AutoModel.from_pretrained(name, dtype=torch.float32).eval().to(self.device) for name in self.names]
+        self.models = [
+            AutoModel.from_pretrained(name, dtype=torch.float32).eval().to(self.device) for name in self.names
+        ]
         if recipe.clip:
             self.tokenizer = AutoProcessor.from_pretrained(recipe.clip.model).tokenizer
         if recipe.aesthetic:
@@ -97,7 +99,9 @@ class Scorer:
         with _one_thread():
             embeddings = {
                 name: self._embed(model, pixels, shape)
-                for name, model, pixels, shape in zip(self.names, self.models, row["pixels"], row["shapes"], strict=True)
+                for name, model, pixels, shape in zip(
+                    self.names, self.models, row["pixels"], row["shapes"], strict=True
+                )
             }
             scores = {}
             if self.recipe.clip:
@@ -219,13 +223,16 @@ def check_models(recipe: Recipe) -> None:
             raise ValueError(f"{name} is no CLIP model: its configuration has no `projection_dim`.")
     if recipe.aesthetic:
         load_head(Path(recipe.aesthetic.head), widths[recipe.aesthetic.model])
-    if recipe.recaption and getattr(AutoProcessor.from_pretrained(recipe.recaption.model), "chat_template", None) is None:
+    if (
+        recipe.recaption
+        and getattr(AutoProcessor.from_pretrained(recipe.recaption.model), "chat_template", None) is None
+    ):
         raise ValueError(f"{recipe.recaption.model} has no chat template, by which it is asked for captions.")
     if recipe.codes:
         factor = downsample_factor(vq_config_of(recipe.codes.model))
         if recipe.resize.multiple_of % factor:
             raise ValueError(
-                f"A code of {recipe.codes.model} stands for {factor} x {factor} pixels: `resize.multiple_of` must be a "
+                f"A code of {recipe.codes.model} stands for {factor} x {factor} px: `resize.multiple_of` must be a "
                 f"multiple of {factor}, got {recipe.resize.multiple_of}."
             )
 

@@ -228,12 +228,11 @@ def measure_item(item: Item, recipe: Recipe) -> dict[str, Any]:
     try:
         if item.data is None:
             raise Refused(item.reason or "no_picture", item.detail)
-        captions, row["notes"] = clean_captions(item.captions, recipe.captions)
-        row["caption_characters"] = max(map(len, captions.values()), default=0)
         decoded = decode_picture(item.data, item.extension, recipe.decode)
         picture = decoded.picture
         row |= {"width": picture.width, "height": picture.height, "verbatim": decoded.verbatim}
-        row["notes"] = row["notes"] + decoded.notes
+        captions, notes = clean_captions(item.captions, recipe.captions)
+        row |= {"notes": decoded.notes + notes, "caption_characters": max(map(len, captions.values()), default=0)}
         check_shape(picture.width, picture.height, recipe.filter or Filter(), recipe.resize)
         if recipe.duplicates:
             row |= fingerprints(picture)

@@ -183,7 +183,7 @@ def write_records(row: Row, recipe: Recipe, names: list[str], data: Path, manife
                 caption = record[f"caption_{language}"]
                 # As `processing_mars.prompt_ids` writes it, which also tokenises.
                 record[f"prompt_{language}"] = caption and f"{caption} {record['height']}x{record['width']}"
-    write_shard(path, records, recipe)
+    write_shard(path, records, recipe, row["index"])
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     counts = {"records": len(records), "without_caption": len(row["records"]) - len(records)}
@@ -332,9 +332,7 @@ class Build:
                     rows_of_shard = sorted(collected.pop(index), key=lambda row: row["position"])
                     write_rows(_shard_file(self.scored, index), rows_of_shard, _scored_schema(self.recipe))
 
-    def _select(
-        self, kept: dict[int, list[Kept]]
-    ) -> tuple[dict[int, list[Kept]], dict[int, dict[str, np.ndarray]]]:
+    def _select(self, kept: dict[int, list[Kept]]) -> tuple[dict[int, list[Kept]], dict[int, dict[str, np.ndarray]]]:
         """Keep what reaches all thresholds and quantiles; quantiles are of all that was scored."""
         scores = {index: _read_columns(_shard_file(self.scored, index)) for index in kept}
         for index, records in kept.items():

@@ -23,6 +23,8 @@ TEXT_EXTENSIONS = ("txt", "json", "cls")
 MAX_KEY_CHARACTERS = 512
 MAX_HEADER_BYTES = 2**20  # of a tar's own long names and attributes
 ROWS_AT_ONCE = 16
+UNDECODABLE = object()  # stands for a text that is no UTF-8
+UNSAFE = "absolute, with '..', too long or unprintable"
 
 
 @dataclass
@@ -44,6 +46,7 @@ class Shard:
 
     Args:
         source (`str`): Name of its source.
+        name (`str`): Goes in front of the names inside a file, which may come again in other files.
         path (`str`): A file, a folder, or a data set.
         size (`int`): Bytes of the file, or number of items: with `modified`, by which a changed input is noticed.
         modified (`str`): When the file was last changed.
@@ -52,6 +55,7 @@ class Shard:
     """
 
     source: str
+    name: str
     path: str
     size: int
     modified: str = ""
@@ -85,8 +89,15 @@ def _file_shards(source: Source) -> list[Shard]:
     files, path = fsspec.core.url_to_fs(source.path)
     found = files.glob(path, detail=True)
     entries = sorted((name, info) for name, info in found.items() if info["type"] == "file")
+    folder = os.path.commonpath([os.path.dirname(name) for name, _ in entries]) if entries else ""
     return [
-        Shard(source.name, files.unstrip_protocol(name), info["size"], str(info.get("mtime") or info.get("ETag") or ""))
+        Shard(
+            source.name,
+            os.path.splitext(os.path.relpath(name, folder))[0],
+            files.unstrip_protocol(name),
+            info["size"],
+            str(info.get("mtime") or info.get("ETag") or ""),
+        )
         for name, info in entries
     ]
 
@@ -102,13 +113,15 @@ def _folder_shards(source: Source) -> list[Shard]:
     split = {name: os.path.splitext(name) for name in names}
     stems = {stem for stem, suffix in split.values() if suffix.lower()[1:] not in TEXT_EXTENSIONS}
     # A text without its picture is tried as a picture, so that it is counted.
-    beside = {name for name, (stem, suffix) in split.items() if suffix.lower()[1:] in TEXT_EXTENSIONS and stem in stems}
+    beside = {
+        name for name, (stem, suffix) in split.items() if suffix.lower()[1:] in TEXT_EXTENSIONS and stem in stems
+    }
     ordered = sorted(set(names) - beside)
     shards = []
     for start in range(0, len(ordered), source.records_per_shard):
         chunk = tuple(ordered[start : start + source.records_per_shard])
         modified = max(os.lstat(root / name).st_mtime_ns for name in chunk)
-        shards.append(Shard(source.name, str(root), len(chunk), str(modified), files=chunk))
+        shards.append(Shard(source.name, "", str(root), len(chunk), str(modified), files=chunk))
     return shards
 
 
@@ -119,11 +132,11 @@ def _raise(error: OSError) -> None:
 def _dataset_shards(source: Source) -> list[Shard]:
     rows = _load_rows(source.path, source.configuration, source.split, source.image)
     steps = range(0, len(rows), source.records_per_shard)
-    fingerprint = str(rows.cache_files[0]["filename"]) if rows.cache_files else ""
+    cached = Path(rows.cache_files[0]["filename"]).parts if rows.cache_files else ()
+    fingerprint = "/".join(cached[-2:])  # the folder's name is a hash of what was loaded
     sizes = [min(source.records_per_shard, len(rows) - start) for start in steps]
     return [
-        Shard(source.name, source.path, size, Path(fingerprint).name, start)
-        for start, size in zip(steps, sizes, strict=True)
+        Shard(source.name, "", source.path, size, fingerprint, start) for start, size in zip(steps, sizes, strict=True)
     ]
 
 
@@ -142,8 +155,8 @@ def read_items(shard: Shard, source: Source, max_file_bytes: int) -> Iterator[It
     try:
         for item in READERS[source.kind](shard, source, max_file_bytes):
             if item.data is not None and not _is_safe_key(item.key):
-                item.data, item.reason, item.detail = None, "unsafe_name", "absolute, '..' or unprintable"
-            item.key = _printable(item.key)
+                item.data, item.reason, item.detail = None, "unsafe_name", UNSAFE
+            item.key, item.detail = _printable(item.key), _printable(item.detail)
             yield item
     except Exception as error:  # whatever a broken file makes its library raise
         name = _printable(PurePosixPath(shard.path).name)
@@ -164,18 +177,18 @@ def _read_tar(shard: Shard, source: Source, max_file_bytes: int) -> Iterator[Ite
                 if member.isdir():
                     continue
                 if not member.isfile():
-                    yield Item(member.name, reason="not_a_file", detail="a link or a device")
+                    yield Item(f"{shard.name}/{member.name}", reason="not_a_file", detail="a link or a device")
                     continue
                 member_stem, extension = _stem_and_extension(member.name)
                 if group and (member_stem != stem or extension in group):
-                    yield _item_of_group(stem, group, source)
+                    yield _item_of_group(shard, stem, group, source)
                     group = {}
                 stem = member_stem
                 group[extension] = None if member.size > max_file_bytes else archive.extractfile(member).read()
         except Exception as error:
             failure = error
         if group:  # also of a broken file: complete or not, what it lacks is found out like everywhere
-            yield _item_of_group(stem, group, source)
+            yield _item_of_group(shard, stem, group, source)
         if failure is not None:
             raise failure
 
@@ -213,10 +226,13 @@ def _stem_and_extension(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", extension.lower()
 
 
-def _item_of_group(stem: str, group: dict[str, bytes | None], source: Source) -> Item:
+def _item_of_group(shard: Shard, stem: str, group: dict[str, bytes | None], source: Source) -> Item:
     others = [name for name in group if name not in TEXT_EXTENSIONS]
     pictures = [source.image] if source.image else [name for name in PICTURE_EXTENSIONS if name in group] or others
-    item = Item(stem)
+    item = Item(f"{shard.name}/{stem}")
+    if not all(_is_safe_key(f"{stem}.{extension}") for extension in group):
+        item.reason, item.detail = "unsafe_name", UNSAFE
+        return item
     if not pictures or pictures[0] not in group:
         item.reason, item.detail = "no_picture", f"only {', '.join(group)}"
         return item
@@ -228,6 +244,9 @@ def _fill(item: Item, data: bytes | None, extension: str, texts: dict[str, bytes
     item.extension = extension.rpartition(".")[2]
     if data is None:
         item.reason = "file_too_large"
+        return item
+    if large := [name for name, text in texts.items() if text is None and name in TEXT_EXTENSIONS]:
+        item.reason, item.detail = "caption_too_long", f"a large file: {', '.join(large)}"
         return item
     try:
         item.captions = _captions_beside(texts, source)
@@ -267,32 +286,48 @@ def _read_folder(shard: Shard, source: Source, max_file_bytes: int) -> Iterator[
         beside = {kind: root / f"{stem}.{kind}" for kind in needed}
         try:
             texts = {
-                kind: file.read_bytes()
+                kind: _read_up_to(file, max_file_bytes)
                 for kind, file in beside.items()
-                if file != path and file.is_file() and not file.is_symlink() and file.stat().st_size <= max_file_bytes
+                if file != path and file.is_file() and not file.is_symlink()
             }
-            data = None if path.stat().st_size > max_file_bytes else path.read_bytes()
+            data = _read_up_to(path, max_file_bytes)
         except OSError as error:
             yield Item(name, reason="unreadable_file", detail=str(error)[:200])
             continue
         yield _fill(Item(name), data, suffix.lower()[1:], texts, source)
 
 
+def _read_up_to(path: Path, max_bytes: int) -> bytes | None:
+    return None if path.stat().st_size > max_bytes else path.read_bytes()
+
+
 def _read_parquet(shard: Shard, source: Source, max_file_bytes: int) -> Iterator[Item]:
     import fsspec
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    name = PurePosixPath(shard.path).stem
     columns = {source.image, source.key, source.caption_en, source.caption_zh} - {None}
     with fsspec.open(shard.path, "rb") as file:
         table = pq.ParquetFile(file)
         if missing := sorted(columns - set(table.schema_arrow.names)):
             raise ValueError(f"no column {', '.join(missing)}; there are {', '.join(table.schema_arrow.names)}")
+        texts = [name for name in columns if pa.types.is_string(table.schema_arrow.field(name).type)]
         number = 0
         for batch in table.iter_batches(ROWS_AT_ONCE, columns=sorted(columns)):
+            for name in texts:  # as bytes: one text that is no UTF-8 would spoil the batch
+                batch = batch.set_column(batch.schema.get_field_index(name), name, batch[name].cast(pa.binary()))
             for row in batch.to_pylist():
-                yield _item_of_row(row, f"{name}/{number}", source, max_file_bytes, None)
+                yield _item_of_row(_decode_texts(row, texts), f"{shard.name}/{number}", source, max_file_bytes, None)
                 number += 1
+
+
+def _decode_texts(row: dict[str, Any], texts: list[str]) -> dict[str, Any]:
+    for name in texts:
+        try:
+            row[name] = row[name] and row[name].decode()
+        except UnicodeDecodeError:
+            row[name] = UNDECODABLE
+    return row
 
 
 @functools.lru_cache(maxsize=4)
@@ -317,9 +352,13 @@ def _item_of_row(row: dict[str, Any], key: str, source: Source, max_file_bytes: 
     cell = row.get(source.image)
     cell = cell if isinstance(cell, dict) else {"bytes": cell}
     name = cell.get("path") or ""
-    item = Item(str(row[source.key]) if source.key and row.get(source.key) is not None else key)
+    named = source.key is not None and row.get(source.key) not in (None, UNDECODABLE)
+    item = Item(str(row[source.key]) if named else key)
     item.extension = os.path.splitext(name)[1].lower()[1:] if isinstance(name, str) else None
     item.captions = _captions_in(row, source)
+    if UNDECODABLE in (row.get(source.caption_en or ""), row.get(source.caption_zh or "")):
+        item.reason, item.detail = "undecodable_caption", "no UTF-8"
+        return item
     data = cell.get("bytes")
     if data is None and root is not None and name:
         data = _file_inside(root, name, max_file_bytes)

@@ -251,7 +251,7 @@ class Resize:
     def __post_init__(self) -> None:
         if self.multiple_of < 1 or self.shortest_edge < 1 or self.shortest_edge % self.multiple_of:
             raise ValueError(
-                f"`shortest_edge` must be a multiple of `multiple_of`, got {self.shortest_edge} and {self.multiple_of}."
+                f"`shortest_edge` must be a multiple of `multiple_of`, got {self.shortest_edge}, {self.multiple_of}."
             )
 
 

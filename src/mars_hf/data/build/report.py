@@ -128,7 +128,9 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Give what the JSON file holds."""
-        shown = {name: histogram for name, histogram in self.histograms.items() if any(histogram.kept + histogram.dropped)}
+        shown = {
+            name: histogram for name, histogram in self.histograms.items() if any(histogram.kept + histogram.dropped)
+        }
         return {
             "items": self.items,
             "kept": self.kept,
@@ -247,13 +249,14 @@ def _histogram(histogram: dict[str, Any], origins: dict[str, str]) -> str:
         zip(pairwise(histogram["edges"]), histogram["kept"], histogram["dropped"], strict=True)
     ):
         tall, taller = height * kept / highest, height * (kept + dropped) / highest
-        span = f"{'' if low is None else f'{low:g}'} to {'' if high is None else f'{high:g}'}: {kept} kept, {dropped} dropped"
+        low_text, high_text = ("" if edge is None else f"{edge:g}" for edge in (low, high))
+        span = f"{low_text} to {high_text}: {kept} kept, {dropped} dropped"
         bars.append(
-            f'<g><title>{html.escape(span)}</title>'
+            f"<g><title>{html.escape(span)}</title>"
             f'<rect class="kept" x="{i * width}" y="{height - tall:.1f}" width="{width - 2}" height="{tall:.1f}"/>'
             f'<rect class="dropped" x="{i * width}" y="{height - taller:.1f}" width="{width - 2}" '
             f'height="{taller - tall:.1f}"/>'
-            f'<text x="{i * width}" y="{height + 14}" font-size="10">{"" if low is None else f"{low:g}"}</text></g>'
+            f'<text x="{i * width}" y="{height + 14}" font-size="10">{low_text}</text></g>'
         )
     threshold = "no threshold" if histogram["threshold"] is None else f"threshold {histogram['threshold']:g}"
     origin = {"ours": ", ours: not stated in the paper", "paper": ", as in the paper"}.get(

@@ -72,7 +72,11 @@ def features_of(recipe: Recipe) -> Any:
     if recipe.codes is None or recipe.codes.keep_images:
         features["image"] = ImageFeature()
     if recipe.codes:
-        features |= {"image_codes": List(Value("int32")), "codes_height": Value("int32"), "codes_width": Value("int32")}
+        features |= {
+            "image_codes": List(Value("int32")),
+            "codes_height": Value("int32"),
+            "codes_width": Value("int32"),
+        }
     features |= {"height": Value("int32"), "width": Value("int32")}
     texts = ["caption_en", "caption_zh"]
     texts += ["original_caption_en", "original_caption_zh"] if recipe.recaption else []
@@ -91,7 +95,7 @@ def suffix_of(recipe: Recipe) -> str:
     return {"parquet": ".parquet", "webdataset": ".tar"}[recipe.write.format]
 
 
-def write_shard(path: Path, records: list[dict[str, Any]], recipe: Recipe) -> None:
+def write_shard(path: Path, records: list[dict[str, Any]], recipe: Recipe, index: int) -> None:
     """
     Write one output file.
 
@@ -99,13 +103,14 @@ def write_shard(path: Path, records: list[dict[str, Any]], recipe: Recipe) -> No
         path (`Path`): Where to.
         records (`list[dict]`): With the columns of [`features_of`]; `image` holds a file's bytes.
         recipe ([`Recipe`]): Says which columns and which format.
+        index (`int`): Number of the file; a WebDataset has names that differ across its files.
     """
     features = features_of(recipe)
     rows = [{name: record.get(name) for name in features} for record in records]
-    write_in_place(path, lambda scratch: _WRITERS[recipe.write.format](scratch, rows, features))
+    write_in_place(path, lambda scratch: _WRITERS[recipe.write.format](scratch, rows, features, index))
 
 
-def _write_parquet(path: Path, rows: list[dict[str, Any]], features: Any) -> None:
+def _write_parquet(path: Path, rows: list[dict[str, Any]], features: Any, index: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -115,15 +120,15 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]], features: Any) -> Non
     pq.write_table(table, path, row_group_size=ROW_GROUP, compression="zstd")
 
 
-def _write_tar(path: Path, rows: list[dict[str, Any]], features: Any) -> None:
+def _write_tar(path: Path, rows: list[dict[str, Any]], features: Any, index: int) -> None:
     """Members are named by number: what a source calls its records is data, and never a path."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
         for number, row in enumerate(rows):
             fields = {name: value for name, value in row.items() if name != "image"}
             if "image" in features:
-                _add_member(archive, f"{number:06d}.{extension_of(row['image'])}", row["image"])
+                _add_member(archive, f"{index:05d}{number:05d}.{extension_of(row['image'])}", row["image"])
             content = json.dumps(fields, ensure_ascii=False, sort_keys=True).encode()
-            _add_member(archive, f"{number:06d}.json", content)
+            _add_member(archive, f"{index:05d}{number:05d}.json", content)
 
 
 def _add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:
