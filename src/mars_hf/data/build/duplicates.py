@@ -1,7 +1,7 @@
 """
 Duplicates among all records, found in the order of the input: the first of its kind stays.
 
-This needs one process and, for each record that stays, about half a kilobyte of memory. What it decides depends on
+This needs one process and, for each record that stays, about a kilobyte of memory. What it decides depends on
 the records and their order alone, never on who measured them.
 """
 

@@ -121,6 +121,7 @@ def _run_on_ray(rows: list[Row], steps: list[Step], engine: Engine) -> Iterator[
     available = ray.cluster_resources().get("GPU", 0)
     if gpus is None:
         gpus = 1 if available else 0
+    workers = engine.workers and min(engine.workers, len(rows))
     data = ray.data.from_items(rows, override_num_blocks=len(rows))
     for step in steps:
         if isinstance(step, ModelStep) and gpus:
@@ -128,7 +129,7 @@ def _run_on_ray(rows: list[Row], steps: list[Step], engine: Engine) -> Iterator[
             data = data.flat_map(ModelActor, fn_constructor_args=[step], **actors)
         else:
             # Without a GPU an actor would only hold a processor that the other steps need.
-            data = data.flat_map(_as_function(step), num_cpus=1, concurrency=engine.workers)
+            data = data.flat_map(_as_function(step), num_cpus=1, concurrency=workers)
     try:
         yield from data.iter_rows()
     except ray.exceptions.RayTaskError as error:
