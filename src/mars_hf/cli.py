@@ -112,6 +112,35 @@ def data_encode(
         typer.echo(f"{out}: {encode_records(records, out, *tokenizer, wanted, split, rules=rules, **numbers)}")
 
 
+@data.command("build")
+def data_build(
+    config: Annotated[str, typer.Argument(help="YAML file, or the name of one that comes with the package: paper.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write to. [default: `out` in CONFIG]")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Tasks at a time; 0 works without Ray. [default: `engine.workers` in CONFIG]")
+    ] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print CONFIG and do nothing.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Build training data as in the paper: filter, find duplicates, score, caption, encode. Needs the extra `data`."""
+    with _one_line_errors(debug):
+        from mars_hf.data.build.recipe import config_path, load_recipe
+
+        if show:
+            typer.echo(config_path(config).read_text(encoding="utf-8"), nl=False)
+            return
+        recipe = load_recipe(config, out)
+        recipe.engine.workers = recipe.engine.workers if workers is None else workers
+        from mars_hf.data.build.pipeline import build_dataset
+
+        summary = build_dataset(recipe)
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in summary["dropped"].items())
+        typer.echo(
+            f"{recipe.out}: {summary['kept']:,} of {summary['items']:,} kept" + (f"; {dropped}" if dropped else "")
+        )
+        typer.echo(f"{recipe.out}/report.html")
+
+
 @app.command()
 def export(
     out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write.")],

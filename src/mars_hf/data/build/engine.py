@@ -1,0 +1,146 @@
+"""
+Where the work is done: rows through steps, on Ray Data or in this process.
+
+A step takes a row and gives rows. Rows come out in any order; what they hold must not depend on it.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from .recipe import Engine, Recipe
+
+Row = dict[str, Any]
+Step = Callable[[Row], Iterator[Row]]
+
+
+@functools.lru_cache(maxsize=4)
+def made(make: Callable[[Recipe], Any], recipe: Recipe) -> Any:
+    """Make something that takes long to make, once in each process."""
+    return make(recipe)
+
+
+@dataclass(frozen=True)
+class ModelStep:
+    """A step that needs models: `make(recipe)` loads them and gives a `Step`."""
+
+    make: Callable[[Recipe], Step]
+    recipe: Recipe
+
+    def __call__(self, row: Row) -> Iterator[Row]:
+        yield from made(self.make, self.recipe)(row)
+
+
+class ModelActor:
+    """A model step in an actor, which holds a GPU; it loads with the first row, so that Ray can tell what failed."""
+
+    def __init__(self, step: ModelStep):
+        self.step = step
+
+    def __call__(self, row: Row) -> Iterator[Row]:
+        yield from self.step(row)
+
+
+@contextmanager
+def connected(engine: Engine) -> Iterator[None]:
+    """Start a Ray of one's own, or join the one named or already there; leave things as they were found."""
+    if engine.workers == 0:
+        try:
+            yield
+        finally:
+            made.cache_clear()
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    ours = not ray.is_initialized()
+    if ours:
+        local = {"num_cpus": engine.workers, "object_store_memory": engine.object_store_bytes}
+        place = {"address": engine.address} if engine.address else {"address": "local", "include_dashboard": False}
+        ray.init(**place, **({} if engine.address else local), logging_level=logging.ERROR, log_to_driver=False)
+    try:
+        with _quiet():
+            yield
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """One progress bar is enough: ours, by shards."""
+    from ray.data import DataContext
+
+    context, logger = DataContext.get_current(), logging.getLogger("ray.data")
+    before = context.enable_progress_bars, context.print_on_execution_start, logger.level
+    context.enable_progress_bars = context.print_on_execution_start = False
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        context.enable_progress_bars, context.print_on_execution_start = before[:2]
+        logger.setLevel(before[2])
+
+
+def run(rows: list[Row], steps: list[Step], engine: Engine) -> Iterator[Row]:
+    """
+    Take every row through all steps.
+
+    Args:
+        rows (`list[dict]`): One unit of work each.
+        steps (`list[Step]`): Functions that pickle can name, or [`ModelStep`].
+        engine ([`Engine`]): How many at a time, and where.
+
+    Yields:
+        `dict`: What the last step gives, in any order.
+
+    Raises:
+        RuntimeError: If a step fails in a worker.
+    """
+    if not rows:
+        return
+    if engine.workers == 0:
+        for row in rows:
+            results: Iterator[Row] = iter([row])
+            for step in steps:
+                results = chain.from_iterable(map(step, results))
+            yield from results
+        return
+    yield from _run_on_ray(rows, steps, engine)
+
+
+def _run_on_ray(rows: list[Row], steps: list[Step], engine: Engine) -> Iterator[Row]:
+    import ray
+
+    gpus = engine.gpus_per_worker
+    available = ray.cluster_resources().get("GPU", 0)
+    if gpus is None:
+        gpus = 1 if available else 0
+    workers = engine.workers and min(engine.workers, len(rows))
+    data = ray.data.from_items(rows, override_num_blocks=len(rows))
+    for step in steps:
+        if isinstance(step, ModelStep) and gpus:
+            actors = {"num_gpus": gpus, "concurrency": max(1, int(available // gpus))}
+            data = data.flat_map(ModelActor, fn_constructor_args=[step], **actors)
+        else:
+            # Without a GPU an actor would only hold a processor that the other steps need.
+            data = data.flat_map(_as_function(step), num_cpus=1, concurrency=workers)
+    try:
+        yield from data.iter_rows()
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, Exception) else error
+        raise RuntimeError(f"A worker failed: {type(cause).__name__}: {cause}") from error
+
+
+def _as_function(step: Step) -> Step:
+    """Ray takes anything callable that is no function for a class."""
+    return functools.partial(_call, step)
+
+
+def _call(step: Step, row: Row) -> Iterator[Row]:
+    yield from step(row)

@@ -1,0 +1,401 @@
+"""
+Sources to shards, shards to items: a picture's file, its captions and its key, or the reason why there is none.
+
+A shard is what one worker reads from start to end: a tar or parquet file, or a stretch of a folder or data set. Its
+items come in the same order every time, so that (shard, position) names an item for good. Nothing is decoded here and
+nothing is written: names inside archives are keys, never paths.
+"""
+
+import functools
+import json
+import os
+import tarfile
+import unicodedata
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from .recipe import LANGUAGES, Source
+
+PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "image", "img")
+TEXT_EXTENSIONS = ("txt", "json", "cls")
+MAX_KEY_CHARACTERS = 512
+MAX_HEADER_BYTES = 2**20  # of a tar's own long names and attributes
+ROWS_AT_ONCE = 16
+UNDECODABLE = object()  # stands for a text that is no UTF-8
+UNSAFE = "absolute, with '..', too long or unprintable"
+
+
+@dataclass
+class Item:
+    """What a source holds at one position; without `data` it is unusable, and `reason` says why."""
+
+    key: str
+    data: bytes | None = None
+    captions: dict[str, str] = field(default_factory=dict)
+    extension: str | None = None
+    reason: str | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """
+    A unit of work.
+
+    Args:
+        source (`str`): Name of its source.
+        name (`str`): Goes in front of the names inside a file, which may come again in other files.
+        path (`str`): A file, a folder, or a data set.
+        size (`int`): Bytes of the file, or number of items: with `modified`, by which a changed input is noticed.
+        modified (`str`): When the file was last changed.
+        start (`int`): First row of a data set.
+        files (`tuple[str, ...]`): Pictures of a folder, relative to it.
+    """
+
+    source: str
+    name: str
+    path: str
+    size: int
+    modified: str = ""
+    start: int = 0
+    files: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Shard":
+        return cls(**{**content, "files": tuple(content["files"])})
+
+
+def list_shards(source: Source) -> list[Shard]:
+    """
+    Find the shards of a source, in the order of their names.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    shards = {"folder": _folder_shards, "datasets": _dataset_shards}.get(source.kind, _file_shards)(source)
+    if not shards:
+        raise ValueError(f"Source {source.name}: {source.path} holds nothing of kind {source.kind}.")
+    return shards
+
+
+def _file_shards(source: Source) -> list[Shard]:
+    import fsspec
+
+    files, path = fsspec.core.url_to_fs(source.path)
+    found = files.glob(path, detail=True)
+    entries = sorted((name, info) for name, info in found.items() if info["type"] == "file")
+    folder = os.path.commonpath([os.path.dirname(name) for name, _ in entries]) if entries else ""
+    return [
+        Shard(
+            source.name,
+            os.path.splitext(os.path.relpath(name, folder))[0],
+            files.unstrip_protocol(name),
+            info["size"],
+            str(info.get("mtime") or info.get("ETag") or ""),
+        )
+        for name, info in entries
+    ]
+
+
+def _folder_shards(source: Source) -> list[Shard]:
+    root = Path(source.path)
+    if not root.is_dir():
+        raise ValueError(f"Source {source.name}: {root} is no folder.")
+    names = []
+    for folder, subfolders, files in os.walk(root, onerror=_raise):  # links to folders are not followed
+        linked = [name for name in subfolders if (Path(folder) / name).is_symlink()]
+        names += [(Path(folder) / name).relative_to(root).as_posix() for name in files + linked]
+    split = {name: os.path.splitext(name) for name in names}
+    stems = {stem for stem, suffix in split.values() if suffix.lower()[1:] not in TEXT_EXTENSIONS}
+    # A text without its picture is tried as a picture, so that it is counted.
+    beside = {
+        name for name, (stem, suffix) in split.items() if suffix.lower()[1:] in TEXT_EXTENSIONS and stem in stems
+    }
+    ordered = sorted(set(names) - beside)
+    shards = []
+    for start in range(0, len(ordered), source.records_per_shard):
+        chunk = tuple(ordered[start : start + source.records_per_shard])
+        modified = max(os.lstat(root / name).st_mtime_ns for name in chunk)
+        shards.append(Shard(source.name, "", str(root), len(chunk), str(modified), files=chunk))
+    return shards
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _dataset_shards(source: Source) -> list[Shard]:
+    rows = _load_rows(source.path, source.configuration, source.split, source.image)
+    steps = range(0, len(rows), source.records_per_shard)
+    cached = Path(rows.cache_files[0]["filename"]).parts if rows.cache_files else ()
+    fingerprint = "/".join(cached[-2:])  # the folder's name is a hash of what was loaded
+    sizes = [min(source.records_per_shard, len(rows) - start) for start in steps]
+    return [
+        Shard(source.name, "", source.path, size, fingerprint, start) for start, size in zip(steps, sizes, strict=True)
+    ]
+
+
+def read_items(shard: Shard, source: Source, max_file_bytes: int) -> Iterator[Item]:
+    """
+    Read a shard.
+
+    Args:
+        shard ([`Shard`]): What to read.
+        source ([`Source`]): Where it comes from.
+        max_file_bytes (`int`): Larger files become items without data.
+
+    Yields:
+        [`Item`]: In the shard's own order. A shard that cannot be read (on) ends with an item that says so.
+    """
+    try:
+        for item in READERS[source.kind](shard, source, max_file_bytes):
+            if item.data is not None and not _is_safe_key(item.key):
+                item.data, item.reason, item.detail = None, "unsafe_name", UNSAFE
+            item.key, item.detail = _printable(item.key), _printable(item.detail)
+            yield item
+    except Exception as error:  # whatever a broken file makes its library raise
+        name = _printable(PurePosixPath(shard.path).name)
+        yield Item(name, reason="unreadable_shard", detail=_printable(f"{type(error).__name__}: {error}"))
+
+
+def _read_tar(shard: Shard, source: Source, max_file_bytes: int) -> Iterator[Item]:
+    """Group consecutive members of one name, as WebDataset does, without ever going back in the file."""
+    import fsspec
+
+    stem, group, failure = "", {}, None
+    with (
+        fsspec.open(shard.path, "rb") as file,
+        tarfile.open(fileobj=file, mode="r|*", tarinfo=_CheckedTarInfo) as archive,
+    ):
+        try:
+            for member in archive:
+                if member.isdir():
+                    continue
+                if not member.isfile():
+                    yield Item(f"{shard.name}/{member.name}", reason="not_a_file", detail="a link or a device")
+                    continue
+                member_stem, extension = _stem_and_extension(member.name)
+                if group and (member_stem != stem or extension in group):
+                    yield _item_of_group(shard, stem, group, source)
+                    group = {}
+                stem = member_stem
+                group[extension] = None if member.size > max_file_bytes else archive.extractfile(member).read()
+        except Exception as error:
+            failure = error
+        if group:  # also of a broken file: complete or not, what it lacks is found out like everywhere
+            yield _item_of_group(shard, stem, group, source)
+        if failure is not None:
+            raise failure
+
+
+class _CheckedTarInfo(tarfile.TarInfo):
+    """Headers as `tarfile` reads them, but a damaged one is no silent end and a vast one is not read into memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except (tarfile.EmptyHeaderError, tarfile.EOFHeaderError):
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"damaged: {error}") from None
+        is_description = header.type not in tarfile.SUPPORTED_TYPES or header.type in _DESCRIPTIONS
+        if is_description and header.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {header.size} bytes")
+        return header
+
+
+_DESCRIPTIONS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+
+
+def _stem_and_extension(name: str) -> tuple[str, str]:
+    """Cut a name at the first dot of its last part (WebDataset's rule)."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return f"{folder}{slash}{stem}", extension.lower()
+
+
+def _item_of_group(shard: Shard, stem: str, group: dict[str, bytes | None], source: Source) -> Item:
+    others = [name for name in group if name not in TEXT_EXTENSIONS]
+    pictures = [source.image] if source.image else [name for name in PICTURE_EXTENSIONS if name in group] or others
+    item = Item(f"{shard.name}/{stem}")
+    if not all(_is_safe_key(f"{stem}.{extension}") for extension in group):
+        item.reason, item.detail = "unsafe_name", UNSAFE
+        return item
+    if not pictures or pictures[0] not in group:
+        item.reason, item.detail = "no_picture", f"only {', '.join(group)}"
+        return item
+    return _fill(item, group[pictures[0]], pictures[0], group, source)
+
+
+def _fill(item: Item, data: bytes | None, extension: str, texts: dict[str, bytes | None], source: Source) -> Item:
+    """Add the picture's file and the captions beside it."""
+    item.extension = extension.rpartition(".")[2]
+    if data is None:
+        item.reason = "file_too_large"
+        return item
+    if large := [name for name, text in texts.items() if text is None and name in TEXT_EXTENSIONS]:
+        item.reason, item.detail = "caption_too_long", f"a large file: {', '.join(large)}"
+        return item
+    try:
+        item.captions = _captions_beside(texts, source)
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON
+        item.reason, item.detail = "undecodable_caption", str(error)[:200]
+        return item
+    item.data = data
+    return item
+
+
+def _captions_beside(texts: dict[str, bytes | None], source: Source) -> dict[str, str]:
+    fields: dict[str, Any] = {}
+    if texts.get("json"):
+        content = json.loads(texts["json"])
+        fields = content if isinstance(content, dict) else {}
+    names = {language: source.field_of(language) for language in LANGUAGES}
+    for name in names.values():
+        if name is not None and name != "json" and texts.get(name) is not None:
+            fields = {**fields, name: texts[name].decode("utf-8-sig")}
+    return _captions_in(fields, source)
+
+
+def _captions_in(fields: dict[str, Any], source: Source) -> dict[str, str]:
+    found = {language: fields.get(source.field_of(language) or "") for language in LANGUAGES}
+    return {language: text for language, text in found.items() if isinstance(text, str)}
+
+
+def _read_folder(shard: Shard, source: Source, max_file_bytes: int) -> Iterator[Item]:
+    root = Path(shard.path)
+    for name in shard.files:
+        path = root / name
+        if path.is_symlink() or not path.is_file():  # a pipe would never end
+            yield Item(name, reason="not_a_file", detail="a link or a device")
+            continue
+        stem, suffix = os.path.splitext(name)
+        needed = {"json", source.caption_en, source.caption_zh} - {None}
+        beside = {kind: root / f"{stem}.{kind}" for kind in needed}
+        try:
+            texts = {
+                kind: _read_up_to(file, max_file_bytes)
+                for kind, file in beside.items()
+                if file != path and file.is_file() and not file.is_symlink()
+            }
+            data = _read_up_to(path, max_file_bytes)
+        except OSError as error:
+            yield Item(name, reason="unreadable_file", detail=str(error)[:200])
+            continue
+        yield _fill(Item(name), data, suffix.lower()[1:], texts, source)
+
+
+def _read_up_to(path: Path, max_bytes: int) -> bytes | None:
+    return None if path.stat().st_size > max_bytes else path.read_bytes()
+
+
+def _read_parquet(shard: Shard, source: Source, max_file_bytes: int) -> Iterator[Item]:
+    import fsspec
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {source.image, source.key, source.caption_en, source.caption_zh} - {None}
+    with fsspec.open(shard.path, "rb") as file:
+        table = pq.ParquetFile(file)
+        if missing := sorted(columns - set(table.schema_arrow.names)):
+            raise ValueError(f"no column {', '.join(missing)}; there are {', '.join(table.schema_arrow.names)}")
+        texts = [name for name in columns if pa.types.is_string(table.schema_arrow.field(name).type)]
+        number = 0
+        for batch in table.iter_batches(ROWS_AT_ONCE, columns=sorted(columns)):
+            for name in texts:  # as bytes: one text that is no UTF-8 would spoil the batch
+                batch = batch.set_column(batch.schema.get_field_index(name), name, batch[name].cast(pa.binary()))
+            for row in batch.to_pylist():
+                yield _item_of_row(_decode_texts(row, texts), f"{shard.name}/{number}", source, max_file_bytes, None)
+                number += 1
+
+
+def _decode_texts(row: dict[str, Any], texts: list[str]) -> dict[str, Any]:
+    for name in texts:
+        try:
+            row[name] = row[name] and row[name].decode()
+        except UnicodeDecodeError:
+            row[name] = UNDECODABLE
+    return row
+
+
+@functools.lru_cache(maxsize=4)
+def _load_rows(path: str, configuration: str | None, split: str, image: str) -> Any:
+    from datasets import Image, load_dataset
+
+    rows = load_dataset(path, configuration, split=split)
+    if image not in rows.column_names:
+        raise ValueError(f"{path} has no column {image}; there are {', '.join(rows.column_names)}.")
+    # Not decoded by the library: it would decompress whatever comes.
+    return rows.cast_column(image, Image(decode=False)) if isinstance(rows.features[image], Image) else rows
+
+
+def _read_dataset(shard: Shard, source: Source, max_file_bytes: int) -> Iterator[Item]:
+    rows = _load_rows(source.path, source.configuration, source.split, source.image)
+    root = Path(source.path).resolve() if Path(source.path).is_dir() else None
+    for number in range(shard.start, shard.start + shard.size):
+        yield _item_of_row(rows[number], str(number), source, max_file_bytes, root)
+
+
+def _item_of_row(row: dict[str, Any], key: str, source: Source, max_file_bytes: int, root: Path | None) -> Item:
+    cell = row.get(source.image)
+    cell = cell if isinstance(cell, dict) else {"bytes": cell}
+    name = cell.get("path") or ""
+    named = source.key is not None and row.get(source.key) not in (None, UNDECODABLE)
+    item = Item(str(row[source.key]) if named else key)
+    item.extension = os.path.splitext(name)[1].lower()[1:] if isinstance(name, str) else None
+    item.captions = _captions_in(row, source)
+    if UNDECODABLE in (row.get(source.caption_en or ""), row.get(source.caption_zh or "")):
+        item.reason, item.detail = "undecodable_caption", "no UTF-8"
+        return item
+    data = cell.get("bytes")
+    if data is None and root is not None and name:
+        data = _file_inside(root, name, max_file_bytes)
+    if not isinstance(data, bytes):
+        item.reason, item.detail = "no_picture", "the row holds no bytes"
+    elif len(data) > max_file_bytes:
+        item.reason = "file_too_large"
+    else:
+        item.data = data
+    return item
+
+
+def _file_inside(root: Path, name: str, max_file_bytes: int) -> bytes | None:
+    """Read a file that a row of a local data set names, if it lies in that data set's own folder."""
+    path = (root / name).resolve()
+    if not path.is_relative_to(root) or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return file.read(max_file_bytes + 1)
+
+
+READERS: dict[str, Callable[[Shard, Source, int], Iterator[Item]]] = {
+    "webdataset": _read_tar,
+    "folder": _read_folder,
+    "parquet": _read_parquet,
+    "datasets": _read_dataset,
+}
+
+
+def _is_safe_key(key: str) -> bool:
+    """A key names nothing outside a folder on any system, should somebody unpack files under it."""
+    if not key or len(key) > MAX_KEY_CHARACTERS or key != _printable(key):
+        return False
+    parts = (*PurePosixPath(key).parts, *PureWindowsPath(key).parts)
+    return not (PurePosixPath(key).is_absolute() or PureWindowsPath(key).anchor or ".." in parts)
+
+
+def _printable(text: str) -> str:
+    shown = "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+    return shown[:MAX_KEY_CHARACTERS]
