@@ -207,8 +207,15 @@ class ImageIteratorStreamer(ImageStreamer):
         self.timeout = timeout
         super().__init__(vqgan, self._queue.put, every, progress)
 
+    def begin(
+        self, grids: list[list[tuple[int, int]]], number: list[int], codes_per_step: int, config: MarsConfig
+    ) -> None:
+        was_cancelled = self.cancelled  # by another thread, while the prompt was read
+        super().begin(grids, number, codes_per_step, config)
+        self.cancelled = was_cancelled
+
     def cancel(self) -> None:
-        """Stop the drawing after its present step."""
+        """Stop the drawing after its present step, or after the first if it has not begun."""
         self.cancelled = True
 
     def end(self) -> None:
