@@ -195,7 +195,7 @@ def export_folder(
             `overwrite`: and is no earlier export).
     """
     source, out = Path(source), Path(out)
-    _require_checkpoint(source)
+    require_checkpoint(source)
     if facts is None and source.resolve() == DEFAULT_CHECKPOINT.resolve():
         facts = emoji_facts()
     with _new_folder(out, overwrite) as folder:
@@ -278,7 +278,8 @@ def _require_free(out: Path, overwrite: bool) -> None:
         raise ValueError(f"{out} holds something other than an exported MARS, so it is not overwritten.")
 
 
-def _require_checkpoint(source: Path) -> None:
+def require_checkpoint(source: Path) -> None:
+    """Refuse a folder that holds no saved MARS with its processor; say what is missing."""
     if not source.is_dir():
         raise ValueError(f"{source} is no folder: expected one that holds a saved MARS model and processor.")
     missing = [name for name in _NEEDED if not (source / name).is_file()]

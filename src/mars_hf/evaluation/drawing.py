@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageOps
+from transformers import BatchFeature
+from transformers.generation import BaseStreamer
 
 from .. import MarsForConditionalGeneration, MarsProcessor
 from ..drawing_mars import GUIDANCE_SCHEDULES
@@ -86,17 +88,37 @@ class Drawer:
 
     def __call__(self, tasks: list[Task]) -> list[Image.Image]:
         """Draw a batch; each picture from its own seed."""
+        return self.draw([task.prompt.text for task in tasks], [task.seed for task in tasks])
+
+    def prepare(self, prompts: list[str]) -> BatchFeature:
+        """
+        Turn prompts into the inputs of `generate`.
+
+        Raises:
+            ValueError: If the size or the length of a prompt is out of range.
+        """
+        size = {"height": self.height, "width": self.width}
+        return self.processor(prompts, **size, negative_prompt=self.negative_prompt, return_tensors="pt")
+
+    def draw(self, prompts: list[str], seeds: list[int], streamer: BaseStreamer | None = None) -> list[Image.Image]:
+        """
+        Draw a picture for each prompt.
+
+        Args:
+            prompts (`list[str]`): What to draw, together.
+            seeds (`list[int]`): One for each picture, which then does not depend on the others.
+            streamer (`BaseStreamer`, *optional*): Hears codes as they come, see [`ImageStreamer`].
+
+        Returns:
+            `list[PIL.Image.Image]`: The pictures, or none if the streamer has cancelled the drawing.
+        """
         device = self.model.device
-        inputs = self.processor(
-            [task.prompt.text for task in tasks],
-            height=self.height,
-            width=self.width,
-            negative_prompt=self.negative_prompt,
-            return_tensors="pt",
-        ).to(device)
-        generators = [torch.Generator(device).manual_seed(task.seed) for task in tasks]
+        inputs = self.prepare(prompts).to(device)
+        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         given = {name: value for name, value in self.sampling.items() if value is not None}
-        drawn = self.model.generate(**inputs, generation_mode="image", generator=generators, **given)
+        drawn = self.model.generate(
+            **inputs, generation_mode="image", generator=generators, streamer=streamer, **given
+        )
         pixels = self.model.decode_image_tokens(drawn, inputs["image_sizes"])
         return self.processor.post_process_multimodal_output(pixels, generation_mode="image")
 
