@@ -20,7 +20,7 @@ INPUTS := setup.cfg pyproject.toml constraints.txt
 .PHONY: demo test test-integration test-slow suites canary lint clean
 
 demo: .venv/installed
-	$(BIN)/mars-hf generate "a red apple" "红苹果" --out demo.png
+	$(BIN)/mars-hf generate "a red apple" "红苹果" --grid --out demo.png
 
 test: lint
 	-@$(BIN)/python tests/suites/fetch.py

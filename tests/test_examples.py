@@ -82,7 +82,7 @@ def test_the_training_scripts_lead_from_data_to_a_drawing(tmp_path: Path, make_t
     run(sys.executable, "-m", "mars_hf.cli", *export, cwd=tmp_path)
     draw = ("generate", "square 3", "--out", "drawn.png", "--model", "mars")
     run(sys.executable, "-m", "mars_hf.cli", *draw, cwd=tmp_path)
-    assert Image.open(tmp_path / "drawn.png").width > 64
+    assert Image.open(tmp_path / "drawn.png").size == (64, 64)
 
 
 def test_the_judge_scores_drawings_of_the_embedded_checkpoint(tmp_path: Path) -> None:

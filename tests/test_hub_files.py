@@ -330,13 +330,13 @@ assert type(pipeline("text-to-image", model=plain)) is mars_hf.MarsPipeline
 def test_the_command_line_draws_captioned_pictures_and_exports(tmp_path: Path, exported: Path) -> None:
     drawing, copy = tmp_path / "drawing.png", tmp_path / "copy"
     command = [sys.executable, "-m", "mars_hf.cli"]
-    draw = [*command, "generate", "a red apple", "红苹果", "--model", str(exported), "--out", str(drawing)]
+    draw = [*command, "generate", "a red apple", "红苹果", "--grid", "--model", str(exported), "--out", str(drawing)]
     drawn = subprocess.run(draw, capture_output=True, text=True, env=SITE)
     assert drawn.returncode == 0, drawn.stderr
     assert re.fullmatch(rf"{re.escape(str(drawing))} \(drawn in \d+\.\d s\)\n", drawn.stdout)
     with Image.open(drawing) as sheet:
         assert sheet.width > sheet.height
-    refused = subprocess.run([*draw, "--height", "17"], capture_output=True, text=True, env=SITE)
+    refused = subprocess.run([*draw, "--size", "17x16"], capture_output=True, text=True, env=SITE)
     assert refused.returncode == 2 and refused.stderr.splitlines()[-1].startswith("mars-hf: ")
 
     export = [*command, "export", str(copy), "--model", str(exported)]

@@ -1,14 +1,6 @@
-"""
-The command line `mars-hf`: words to calls.
+"""Commands of the workshop: data, checkpoints, training and evaluation."""
 
-Every command imports what it needs when it runs, so that help is instant.
-"""
-
-import sys
-import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -16,32 +8,12 @@ import typer
 
 from mars_hf import DEFAULT_CHECKPOINT
 
-app = typer.Typer(
-    help="MARS: a language model that also draws.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-data = typer.Typer(help="Make data sets.", no_args_is_help=True)
+from .app import MARKUP, Debug, _one_line_errors, app
+
+data = typer.Typer(help="Make data sets.", no_args_is_help=True, rich_markup_mode=MARKUP)
 app.add_typer(data, name="data")
-study = typer.Typer(help="Ask people which of two pictures is better.", no_args_is_help=True)
+study = typer.Typer(help="Ask people which of two pictures is better.", no_args_is_help=True, rich_markup_mode=MARKUP)
 app.add_typer(study, name="study")
-
-Debug = Annotated[bool, typer.Option("--debug", help="Show the whole trace of an error.")]
-
-
-@contextmanager
-def _one_line_errors(debug: bool, extra: str = "data") -> Iterator[None]:
-    """Tell what a user can mend in one line, and exit with 2 for a wrong argument, 1 for a failing machine."""
-    try:
-        yield
-    except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:
-        if debug:
-            raise
-        missing = isinstance(error, ModuleNotFoundError)
-        hint = f". The extras bring it: pip install 'mars_hf[{extra}]'" if missing else ""
-        typer.echo(f"mars-hf: {error}{hint}", err=True)
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
 
 
 @data.command("emoji")
@@ -203,39 +175,6 @@ def convert(
 
 
 @app.command()
-def generate(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw, English or Chinese.")],
-    out: Annotated[Path, typer.Option(help="Picture file to write: all drawings side by side, captioned.")],
-    model: Annotated[
-        str, typer.Option(help="Folder or Hub name of the checkpoint.", show_default="the embedded one")
-    ] = str(DEFAULT_CHECKPOINT),
-    height: Annotated[int | None, typer.Option(help="In pixels. [default: the model's]")] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels. [default: the model's]")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance. [default: the model's]")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed draws the same pictures.")] = 0,
-    debug: Debug = False,
-) -> None:
-    """Draw prompts into one picture file."""
-    with _one_line_errors(debug):
-        _require_writable(out)
-        from mars_hf import MarsForConditionalGeneration, MarsPipeline, MarsProcessor, register
-        from mars_hf.contact_sheet import contact_sheet
-
-        register()
-        pipe = MarsPipeline(
-            model=MarsForConditionalGeneration.from_pretrained(model), processor=MarsProcessor.from_pretrained(model)
-        )
-        started = time.perf_counter()
-        size = {"height": height, "width": width}
-        guidance = {"guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
-        drawn = pipe(prompts, **size, **guidance, seed=seed, batch_size=min(len(prompts), 8))
-        seconds = time.perf_counter() - started
-        contact_sheet([pictures[0]["generated_image"] for pictures in drawn], prompts).save(out)
-        typer.echo(f"{out} (drawn in {seconds:.1f} s)")
-
-
-@app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or a recipe of the package such as emoji/stage1.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run there is continued.")],
@@ -312,23 +251,3 @@ def study_tally(
             low, high = (100 * end for end in found.interval)
             counts = f"{found.first} first, {found.second} second, {found.equal} equal"
             typer.echo(f"{found.question}: {100 * found.share:.1f} % [{low:.1f}, {high:.1f}] for the first ({counts})")
-
-
-def _require_writable(out: Path) -> None:
-    """Refuse before drawing what could not be saved after it."""
-    from PIL import Image
-
-    suffixes = Image.registered_extensions()
-    if out.suffix.lower() not in suffixes or suffixes[out.suffix.lower()] not in Image.SAVE:
-        raise ValueError(f"`--out` must name a picture file such as drawing.png, got {out}.")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"The folder of {out} does not exist.")
-
-
-def main() -> None:
-    """Run the command line."""
-    sys.exit(app(prog_name="mars-hf"))
-
-
-if __name__ == "__main__":
-    main()
