@@ -18,7 +18,8 @@ from transformers import Qwen2Config, Qwen2Tokenizer
 
 from mars_hf.configuration_mars import SPECIAL_TOKENS, MarsConfig
 from mars_hf.image_processing_mars import MarsImageProcessorPil, decode_codes, encode_pixels
-from mars_hf.processing_mars import MarsProcessor, null_prompt_ids, prompt_ids, text_ids
+from mars_hf.processing_mars import MarsProcessor
+from mars_hf.prompts_mars import null_prompt_ids, prompt_ids, text_ids
 
 TYPED_SPECIALS = [*SPECIAL_TOKENS, "<code_5>", "<unused_319>", "<pad_1>", "<|im_end|>", "<|endoftext|>"]
 IMG, END_IMG, NULL, IMGPAD = 352, 353, 356, 357  # 320 text ids, then 32 codes, then the six specials

@@ -107,18 +107,25 @@ def assert_equal_gradients(mine, plain, tolerance=1e-9):
 
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("with_cells", [False, True])
-@pytest.mark.parametrize("task", ["text-to-image", "captioning", "documents"])
+@pytest.mark.parametrize("task", ["text-to-image", "captioning", "super-resolution", "documents"])
 def test_the_loss_and_its_gradients_are_those_of_whole_rows(make_tiny, tiny_processor, tmp_path, k, with_cells, task):
     cells = {"cell_embedding": True, "max_grid_size": 8} if with_cells else {}
-    model = make_tiny(codes_per_step=[1, 3], **cells).double()
+    factor = 2 if task == "super-resolution" else None
+    model = make_tiny(codes_per_step=[1, 3], super_resolution_factor=factor, **cells).double()
+    tiny_processor.super_resolution_factor = factor
     if with_cells:
         for table in model.model.visual_cell_embedding.parameters():
             torch.nn.init.normal_(table)
-    (source,) = [source for source in sources() if source.task == task]
+    enlarged = [{**record, "lowres_codes": record["image_codes"][:2]} for record in records(height=16)]
+    every = [*sources(), Source("super-resolution", 0.25, enlarged, caption, code_noise=0.5)]
+    (source,) = [source for source in every if source.task == task]
     data = MixtureDataset(tiny_processor, [source], batch_size=3, num_batches=1, codes_per_step=[k])
     rows = [data[index] for index in range(3)]
     trainer = trainer_of(model, data, tmp_path)
-    loss = trainer.compute_loss(model, trainer.data_collator(rows))
+    batch = trainer.data_collator(rows)
+    enlarged_codes = 8 if k == 1 else 0  # 3 does not divide them: a last block is fed whole
+    assert batch["num_drawn"] == {"text-to-image": 6, "super-resolution": enlarged_codes}.get(task, 0)
+    loss = trainer.compute_loss(model, batch)
     loss.backward()
     mine = gradients(model)
     model.zero_grad()
@@ -342,7 +349,7 @@ def test_noise_replaces_fed_codes_and_no_label(tiny_processor):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task": "drawing"}, "text-to-image, captioning, documents.*'drawing'"),
+        ({"task": "drawing"}, "text-to-image, captioning, super-resolution, documents.*'drawing'"),
         ({"share": 0}, "share of 'captioning'.*above 0"),
         ({"records": []}, "no records"),
         ({"code_noise": 1.5}, "`code_noise`.*between 0 and 1, got 1.5"),

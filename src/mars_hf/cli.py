@@ -87,6 +87,10 @@ def data_encode(
         list[str] | None, typer.Option(metavar="THEIRS=OURS", help="Rename a column, e.g. text=caption_en.")
     ] = None,
     streaming: Annotated[bool, typer.Option("--streaming", help="Read the data on the way, without a copy.")] = False,
+    lowres_factor: Annotated[
+        int | None,
+        typer.Option(help="For super-resolution: also encode pictures so many times smaller. [default: do not]"),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Turn the pictures of a data set into image codes, once, for training."""
@@ -107,7 +111,7 @@ def data_encode(
         wanted = (
             {"height": size[0], "width": size[1]} if size else {"shortest_edge": short_side} if short_side else None
         )
-        numbers = {"batch_size": batch_size, "shard_size": shard_size, "limit": limit}
+        numbers = {"batch_size": batch_size, "shard_size": shard_size, "limit": limit, "lowres_factor": lowres_factor}
         tokenizer = load_image_tokenizer(model, device)
         typer.echo(f"{out}: {encode_records(records, out, *tokenizer, wanted, split, rules=rules, **numbers)}")
 

@@ -71,6 +71,9 @@ class MarsConfig(PreTrainedConfig):
             Needed for an order other than raster, where positions alone do not tell the cell.
         max_grid_size (`int`, defaults to 64):
             Largest number of rows or columns of codes that the cell embeddings know.
+        super_resolution_factor (`int`, *optional*):
+            A model of super-resolution (Stage III): its prompts end in the codes of a picture so many times smaller
+            on each side than the one that is drawn. None draws from text alone.
 
     Raises:
         ValueError: If a value is impossible, two sizes contradict each other, the text model is not supported, or an
@@ -110,6 +113,7 @@ class MarsConfig(PreTrainedConfig):
     code_order: Literal["raster", "region", "block2x2"] = "raster"
     cell_embedding: bool = False
     max_grid_size: int = 64
+    super_resolution_factor: int | None = None
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs: Any):
@@ -178,6 +182,14 @@ class MarsConfig(PreTrainedConfig):
                 raise ValueError(f"`{field}` must be 1 or more, got {getattr(self, field)}.")
         if not self.trained_codes_per_step or min(self.trained_codes_per_step) < 1:
             raise ValueError(f"`codes_per_step` must be 1 or more, or a list of such, got {self.codes_per_step}.")
+        factor = self.super_resolution_factor
+        if factor is not None and factor < 2:
+            raise ValueError(f"`super_resolution_factor` must be 2 or more, or None, got {factor}.")
+        if factor is not None and self.default_image_size % (factor * self.downsample_factor):
+            raise ValueError(
+                f"`default_image_size` must be a multiple of `downsample_factor` times `super_resolution_factor` "
+                f"({self.downsample_factor} x {factor}), got {self.default_image_size}."
+            )
         if self.code_order != "raster" and not self.cell_embedding:
             raise ValueError(
                 f"`code_order` is {self.code_order!r}, but `cell_embedding` is False: outside raster order a token "

@@ -33,6 +33,7 @@ HUB_FILES = (
     "image_processing_mars.py",
     "processing_mars.py",
     "pipeline_mars.py",
+    "prompts_mars.py",
     "speculation_mars.py",
     "streaming_mars.py",
 )

@@ -34,7 +34,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .code_order_mars import PictureLayout, cell_table, look_up_cells, to_emission_order
+from .code_order_mars import PictureLayout, find_cells, sizes_by_row, to_emission_order
 from .configuration_mars import MarsConfig
 from .generation_mars import MarsGenerationMixin
 from .image_processing_mars import decode_codes, encode_pixels
@@ -665,7 +665,13 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
         Raises:
             ValueError: If there are more or fewer pictures than runs of `<imgpad>`, or one does not fit its run.
         """
-        grids = self.encode_image(pixel_values)
+        return self.place_codes(input_ids, self.encode_image(pixel_values))
+
+    def place_codes(self, input_ids: torch.Tensor, grids: list[torch.LongTensor]) -> torch.Tensor:
+        """
+        Replace every `<imgpad>` by the codes `(height / f, width / f)` of pictures; see
+        [`~MarsForConditionalGeneration.fill_image_codes`]. What super-resolution starts from stands row by row.
+        """
         places = input_ids == self.config.image_pad_token_id
         starts = places & ~F.pad(places, (1, 0))[:, :-1]
         runs = torch.bincount(starts.flatten().cumsum(0)[places.flatten()], minlength=1)[1:].tolist()
@@ -674,12 +680,14 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
                 f"`pixel_values` hold pictures of {[grid.numel() for grid in grids]} codes, but `input_ids` "
                 f"leave runs of {runs} places (`<imgpad>`). Give both as one call of the processor returned them."
             )
-        # K is the length of the run of `<img>` before the codes; without one they stand as for K = 1.
+        # K is the length of the run of `<img>` before the codes; without one they stand row by row.
         columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         others = torch.where(input_ids == self.config.image_start_token_id, -1, columns).cummax(1).values
-        copies = (columns - 1 - F.pad(others, (1, -1), value=-1))[starts].clamp_min(1).tolist()
+        copies = (columns - 1 - F.pad(others, (1, -1), value=-1))[starts].tolist()
         order = self.config.code_order
-        codes = torch.cat([to_emission_order(grid, k, order) for grid, k in zip(grids, copies, strict=True)])
+        codes = torch.cat(
+            [to_emission_order(grid, k or 1, order if k else "raster") for grid, k in zip(grids, copies, strict=True)]
+        )
         return input_ids.masked_scatter(places, codes.to(input_ids.device) + self.config.image_token_offset)
 
     def _check_ids(self, input_ids: torch.Tensor) -> None:
@@ -722,17 +730,19 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
         return PictureLayout.of(input_ids, config.image_token_offset, config.image_start_token_id)
 
     def _cells(
-        self, layout: PictureLayout, image_sizes: torch.Tensor | None, codes_per_step: int | None
+        self,
+        input_ids: torch.Tensor,
+        layout: PictureLayout,
+        image_sizes: torch.Tensor | None,
+        codes_per_step: int | None,
     ) -> torch.Tensor | None:
-        if not self.config.cell_embedding or not bool((layout.place >= 0).any()):
+        starts = torch.tensor([self.config.image_start_token_id, self.config.lowres_start_token_id])
+        if not self.config.cell_embedding or not bool(torch.isin(input_ids, starts.to(input_ids.device)).any()):
             return None
         if image_sizes is None:
             raise ValueError("A model with `cell_embedding` needs the `image_sizes` of the pictures in `input_ids`.")
-        factor = self.config.downsample_factor
-        sizes = torch.as_tensor(image_sizes).tolist()
-        grids = [[(h // factor, w // factor) for h, w in row if h and w] or [(1, 1)] for row in sizes]
-        table = cell_table(grids, codes_per_step or int(layout.codes_per_step.max()), self.config.code_order)
-        return look_up_cells(table.to(layout.place.device), layout.picture, layout.place)
+        k = codes_per_step or int(layout.codes_per_step.max())
+        return find_cells(self.config, input_ids, layout, sizes_by_row(image_sizes), k)
 
     @can_return_tuple
     def forward(  # type: ignore[misc]
@@ -805,7 +815,7 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
         )
         if layout is not None:
             block_ids = layout.block_ids if block_ids is None and self._longest_run(codes_per_step) > 1 else block_ids
-            cells = self._cells(layout, image_sizes, codes_per_step) if cells is None else cells
+            cells = self._cells(input_ids, layout, image_sizes, codes_per_step) if cells is None else cells
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -16,7 +16,7 @@ from ..processing_mars import MarsProcessor
 from .collation import ShiftedRow, pack_rows
 
 Record = dict[str, Any]
-TASKS = ("text-to-image", "captioning", "documents")
+TASKS = ("text-to-image", "captioning", "super-resolution", "documents")
 
 
 @dataclass
@@ -25,18 +25,20 @@ class Source:
     Records of one task.
 
     Args:
-        task (`str`): `"text-to-image"`, `"captioning"` or `"documents"`.
+        task (`str`): `"text-to-image"`, `"captioning"`, `"super-resolution"` or `"documents"`.
         share (`float`): Share of batches; shares of all sources are divided by their sum.
         records (`Sequence[dict]`):
-            With `image_codes` (raster order), `height`, `width` and whatever `write_caption` reads; documents with
-            `segments`, a list of texts and such records.
+            With `image_codes` (raster order), `height`, `width` and whatever `write_caption` reads; for
+            super-resolution also `lowres_codes`; documents with `segments`, a list of texts and such records, or of
+            records with a `text` instead.
         write_caption (`Callable`): `(record, rng) -> str`; not called for documents.
         weights (`torch.Tensor` of shape `(num,)`, *optional*): How often each record comes; once in a pass if None.
         code_noise (`float`, defaults to 0.0):
-            Largest share of the codes fed in text-to-image rows that are replaced by random ones (labels are not);
-            each row draws its own share. A picture of a small data set can be told by its first codes: without noise
-            the model comes to lean on them instead of on the prompt, and goes astray on its own drawings.
-        drop_caption (`float`, defaults to 0.1): Share of text-to-image rows whose caption is `<null>`.
+            Largest share of the codes fed of pictures that are drawn (and of those that super-resolution starts from)
+            that are replaced by random ones (labels are not); each row draws its own share. A picture of a small data
+            set can be told by its first codes: without noise the model comes to lean on them instead of on the prompt,
+            and goes astray on its own drawings.
+        drop_caption (`float`, defaults to 0.1): Share of rows that are drawn whose caption is `<null>`.
 
     Raises:
         ValueError: If the task is unknown, there are no records, or a share is impossible.
@@ -136,10 +138,12 @@ class MixtureDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng, source, record = random.Random(f"{self.seed}/{index}"), self.source_of(index), self.record_of(index)
         if source.task == "documents":
-            row = self.processor.training_document(record["segments"], codes_per_step=self.steps_codes(index))
+            segments = [part if isinstance(part, str) else part.get("text") or part for part in record["segments"]]
+            row = self.processor.training_document(segments, codes_per_step=self.steps_codes(index))
             return {**row, "task": source.task}
         assert source.write_caption is not None
-        drop = source.task == "text-to-image" and rng.random() < source.drop_caption
+        draws = source.task in ("text-to-image", "super-resolution")
+        drop = draws and rng.random() < source.drop_caption
         size = (record["height"], record["width"])
         row = self.processor.training_example(
             source.task,  # type: ignore[arg-type]
@@ -148,8 +152,9 @@ class MixtureDataset(Dataset):
             *size,
             drop_caption=drop,
             codes_per_step=self.steps_codes(index),
+            lowres_codes=record["lowres_codes"] if source.task == "super-resolution" else None,
         )
-        if source.task == "text-to-image" and source.code_noise:
+        if draws and source.code_noise:
             row["input_ids"] = self._with_noise(row["input_ids"], source.code_noise * rng.random(), rng)
         return {**row, "image_sizes": [size], "task": source.task}
 

@@ -208,7 +208,7 @@ class Recipe:
         if not self.data:
             raise ValueError("A recipe needs at least one source under `data`.")
         for part in self.data:
-            _refuse_unknown("data.task", part.task, (*TASKS, "super-resolution"))
+            _refuse_unknown("data.task", part.task, TASKS)
         built, goes_on = self.model.text or self.model.vqgan, self.model.base
         if bool(built) == bool(goes_on) or (built and not (self.model.text and self.model.vqgan)):
             raise ValueError(

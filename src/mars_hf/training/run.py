@@ -16,6 +16,7 @@ from diffusers import VQModel
 from transformers import AutoTokenizer, Qwen2ForCausalLM, TrainingArguments
 from transformers.utils import logging
 
+from ..configuration_mars import MarsConfig
 from ..data.emoji_captions import CaptionStyle, emoji_caption, subject_weights
 from ..data.records import CaptionMix, RecordRules, captions_of, open_records, tokenizer_fingerprint, validate_records
 from ..modeling_mars import MarsForConditionalGeneration
@@ -39,9 +40,11 @@ def build_model(part: ModelPart) -> tuple[MarsForConditionalGeneration, MarsProc
     """
     if part.base is not None:
         model = MarsForConditionalGeneration.from_pretrained(
-            part.base, dtype=torch.float32, attn_implementation=_attention(), **part.config
+            part.base, dtype=torch.float32, attn_implementation=_attention()
         )
         processor = MarsProcessor.from_pretrained(part.base)
+        if part.config:
+            model, processor = with_other_config(model, processor, part.config)
     else:
         text = Qwen2ForCausalLM.from_pretrained(part.text, dtype=torch.float32, attn_implementation=_attention())
         vqgan = VQModel.from_pretrained(part.vqgan)
@@ -53,6 +56,32 @@ def build_model(part: ModelPart) -> tuple[MarsForConditionalGeneration, MarsProc
     if part.image_defaults:
         model.generation_config.image_defaults = part.image_defaults
     return model, processor
+
+
+def with_other_config(
+    base: MarsForConditionalGeneration, processor: MarsProcessor, changes: dict[str, Any]
+) -> tuple[MarsForConditionalGeneration, MarsProcessor]:
+    """
+    Start a model of another kind from a trained one: with more codes a step, another order, or super-resolution.
+
+    Cell embeddings that the base does not have start at zero, so that the function is at first the base's.
+
+    Raises:
+        ValueError: If the changes ask for other weights than the base has.
+    """
+    config = MarsConfig.from_dict({**base.config.to_dict(), **changes})
+    config._attn_implementation = base.config._attn_implementation
+    model = MarsForConditionalGeneration(config)
+    fit = model.load_state_dict(base.state_dict(), strict=False)
+    odd = fit.unexpected_keys + [name for name in fit.missing_keys if "visual_cell_embedding" not in name]
+    if odd:
+        raise ValueError(f"`model.config` {changes} asks for other weights than `model.base` has: {', '.join(odd)}.")
+    model.freeze_text()
+    model.generation_config = base.generation_config
+    side = {"height": config.default_image_size, "width": config.default_image_size}
+    processor.code_order, processor.super_resolution_factor = config.code_order, config.super_resolution_factor
+    processor.image_processor.size = side
+    return model.eval(), processor
 
 
 def _attention() -> str:
