@@ -280,10 +280,9 @@ def find_cells(
     cells = look_up_cells(table, layout.picture, layout.place)
     if config.super_resolution_factor is None:
         return cells  # type: ignore[return-value]
-    scale = config.super_resolution_factor
-    widths = [[width // scale for _, width in row] for row in grids]
-    longest = max(map(len, widths))
-    widths = torch.tensor([row + row[-1:] * (longest - len(row)) for row in widths], device=input_ids.device)
+    scale, longest = config.super_resolution_factor, max(map(len, grids))
+    padded = [row + row[-1:] * (longest - len(row)) for row in grids]
+    widths = torch.tensor([[width // scale for _, width in row] for row in padded], device=input_ids.device)
     ends = (config.lowres_start_token_id, config.lowres_end_token_id)
     number, place = _lowres_places(input_ids, *ends, config.image_start_token_id)
     width = widths.clamp_min(1).gather(1, number.clamp_max(longest - 1))

@@ -813,7 +813,7 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
             if is_step or isinstance(attention_mask, dict)
             else self._layout(input_ids, codes_per_step, past_key_values)
         )
-        if layout is not None:
+        if layout is not None and input_ids is not None:
             block_ids = layout.block_ids if block_ids is None and self._longest_run(codes_per_step) > 1 else block_ids
             cells = self._cells(input_ids, layout, image_sizes, codes_per_step) if cells is None else cells
         outputs = self.model(
