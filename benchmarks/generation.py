@@ -197,7 +197,7 @@ def measure_prefill(floor: Floor, ours: Ours, vocabulary: str, batch: int) -> di
     def dense() -> None:
         cache = DynamicCache(config=floor.model.config)
         states = floor.model(ids, mask, positions, past_key_values=cache, use_cache=True).last_hidden_state
-        F.linear(states[:, -1], head)
+        F.linear(states[:, -1].contiguous(), head)  # a slice leaves the fast path of torch
 
     def mars() -> None:
         cache = DynamicCache(config=ours.model.config)
@@ -333,7 +333,8 @@ def bookkeeping_bounds(cells: dict[str, dict]) -> Iterator[list[str]]:
 def prefill_bounds(cells: dict[str, dict]) -> Iterator[list[str]]:
     for key, cell in cells.items():
         value = median(cell["ours"]) / median(cell["dense"])
-        measured = f"{value:.3f}x of {1000 * median(cell['dense']):.0f} ms"
+        fastest = min(cell["ours"]) / min(cell["dense"])
+        measured = f"{value:.3f}x of {1000 * median(cell['dense']):.0f} ms; fastest of both {fastest:.3f}x"
         limit = "at most 1.02x of the dense trunk"
         yield [f"prefill of {LONG_PROMPT} words {key}", limit, measured, "met" if value <= 1.02 else "not met"]
 

@@ -358,3 +358,30 @@ def test_noise_replaces_fed_codes_and_no_label(tiny_processor):
 def test_impossible_sources_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         Source(**{"task": "captioning", "share": 1.0, "records": records(), "write_caption": caption, **change})
+
+
+def test_lora_on_the_visual_experts_trains_alone_and_leaves_text_as_it_is(make_tiny, tiny_processor, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    model = make_tiny()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    words = torch.tensor([[1, 2, 3, 4]])
+    said = model(words).logits
+    targets = r".*visual_(q_proj|k_proj|v_proj|mlp\.(gate|up|down)_proj)"
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=targets))
+    trainer = trainer_of(adapted, mixture(tiny_processor), tmp_path, changes={"learning_rate": 1e-2})
+    trainer.train()
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert trained and all("lora_" in name and "visual_" in name for name in trained)
+    assert any(bool(p.abs().sum() > 0) for name, p in adapted.named_parameters() if "lora_B" in name)
+    kept = {name.replace("base_layer.", ""): value for name, value in adapted.get_base_model().state_dict().items()}
+    assert all(torch.equal(kept[name], value) for name, value in before.items())
+    text = adapted.get_base_model()(words).logits
+    offset = model.config.image_token_offset
+    assert torch.equal(text[..., :offset], said[..., :offset])
+    trainer.save_model(tmp_path / "adapter")
+    fresh = make_tiny()
+    fresh.load_state_dict(before)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter")
+    ids = torch.tensor([mixture(tiny_processor)[0]["input_ids"]])
+    assert torch.equal(loaded(ids).logits, adapted.eval()(ids).logits)

@@ -74,6 +74,8 @@ class MarsConfig(PreTrainedConfig):
         super_resolution_factor (`int`, *optional*):
             A model of super-resolution (Stage III): its prompts end in the codes of a picture so many times smaller
             on each side than the one that is drawn. None draws from text alone.
+        base_checkpoint (`dict[str, str]`, *optional*):
+            `{"path", "sha256"}` of the checkpoint against which this one is stored; see `weights_mars.py`.
 
     Raises:
         ValueError: If a value is impossible, two sizes contradict each other, the text model is not supported, or an
@@ -114,6 +116,7 @@ class MarsConfig(PreTrainedConfig):
     cell_embedding: bool = False
     max_grid_size: int = 64
     super_resolution_factor: int | None = None
+    base_checkpoint: dict[str, str] | None = None
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs: Any):

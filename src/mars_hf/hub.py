@@ -36,6 +36,7 @@ HUB_FILES = (
     "prompts_mars.py",
     "speculation_mars.py",
     "streaming_mars.py",
+    "weights_mars.py",
 )
 _MODEL = "modeling_mars.MarsForConditionalGeneration"
 _PROCESSOR = {"AutoProcessor": "processing_mars.MarsProcessor"}
@@ -210,6 +211,49 @@ def export_folder(
             _separate_frozen(folder)
         _complete(folder, facts or CardFacts())
     return out
+
+
+def store_against_base(folder: str | Path, base: str | Path) -> Path:
+    """
+    Leave out of an exported folder what its base holds already, such as the frozen part of a super-resolution model.
+
+    Args:
+        folder (`str` or `Path`): An exported MARS inside the base's folder; its weights are replaced in one step.
+        base (`str` or `Path`): The exported MARS that it was trained from, in the same dtype.
+
+    Returns:
+        `Path`: `folder`, whose configuration names the base, see `weights_mars.py`.
+
+    Raises:
+        ValueError: If the folder lies outside the base's, or they share no weights.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from mars_hf.weights_mars import weight_files, weights_digest
+
+    folder, base = Path(folder), Path(base)
+    if base.resolve() not in folder.resolve().parents:
+        raise ValueError(f"{folder} must lie inside the folder of its base, {base}, to travel with it.")
+    files = [Path(file) for file in weight_files(folder)]
+    own = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    shared = {name: tensor for file in weight_files(base) for name, tensor in load_file(file).items()}
+    kept = {name: t for name, t in own.items() if name not in shared or not torch.equal(t, shared[name])}
+    if len(kept) == len(own):
+        raise ValueError(f"{folder} has no tensor in common with {base}: it was trained from another model.")
+    missing = sorted(shared.keys() - own.keys())
+    if missing:
+        raise ValueError(f"{base} holds tensors that {folder} does not have: {', '.join(missing)}.")
+    digest = weights_digest(weight_files(base))
+    scratch = folder / "model.safetensors.part"
+    save_file(kept, scratch, metadata={"format": "pt"})
+    for file in files:
+        file.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    os.replace(scratch, folder / "model.safetensors")
+    path = Path(os.path.relpath(base, folder)).as_posix()
+    _edit_json(folder / "config.json", base_checkpoint={"path": path, "sha256": digest})
+    return folder
 
 
 def _store_weights_as(folder: Path, dtype: str) -> None:

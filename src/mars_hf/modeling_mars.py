@@ -7,6 +7,7 @@ VQ-GAN. Building blocks that do not differ from Qwen2 are Qwen2's own. Decoding 
 pictures into pixels is the processor's.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -14,7 +15,7 @@ import torch
 from diffusers import VQModel
 from torch import nn
 from torch.nn import functional as F
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -38,6 +39,7 @@ from .code_order_mars import PictureLayout, find_cells, sizes_by_row, to_emissio
 from .configuration_mars import MarsConfig
 from .generation_mars import MarsGenerationMixin
 from .image_processing_mars import decode_codes, encode_pixels
+from .weights_mars import HUB_ARGUMENTS, base_of, complete_weights, stored_generation_config
 
 Modality = Literal["text", "image"]
 Vocabulary = Literal["all", "text", "visual"]
@@ -295,19 +297,22 @@ class MarsPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any):
+    def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any):
         """
-        Load a checkpoint, strictly, and freeze the text part.
+        Load a checkpoint, strictly, and freeze the text part. One that is stored against a base is completed by it.
 
         See [`~PreTrainedModel.from_pretrained`] for the arguments. Loading resets what is trainable, so the freeze
         is made anew here.
 
         Raises:
-            ValueError: If a tensor is missing, unexpected or of the wrong shape.
+            ValueError: If a tensor is missing, unexpected or of the wrong shape, or the base is another one.
         """
+        name, kwargs = cls._with_base(pretrained_model_name_or_path, kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        model, info = super().from_pretrained(
+            name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
         problems = {
             kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
         }
@@ -321,6 +326,24 @@ class MarsPreTrainedModel(PreTrainedModel):
         if model.config.use_visual_expert:
             model.freeze_text()
         return (model, info) if wants_info else model
+
+    @classmethod
+    def _with_base(cls, name: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Exchange the name of a checkpoint that is stored against a base for the weights of both."""
+        if name is None or kwargs.get("state_dict") is not None:
+            return name, kwargs
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+        base = base_of(name, **hub)
+        if base is None:
+            return name, kwargs
+        rest = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS}
+        config = copy.deepcopy(rest.pop("config", None))
+        if not isinstance(config, PreTrainedConfig):
+            options = {key: rest.pop(key) for key in list(rest) if key in MarsConfig.__annotations__}
+            config = cls.config_class.from_pretrained(config or name, **hub, **options)
+        config.base_checkpoint = None  # what is loaded is complete, and is saved so
+        rest.setdefault("generation_config", stored_generation_config(name, **hub))
+        return None, {**rest, "config": config, "state_dict": complete_weights(name, base, **hub)}
 
     def freeze_text(self) -> None:
         """

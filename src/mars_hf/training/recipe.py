@@ -140,6 +140,26 @@ class DataPart:
 
 
 @dataclass
+class EvaluationPart:
+    """
+    What is looked at in the course of a run, as often as `training.eval_strategy` and `eval_steps` say.
+
+    Args:
+        split (`str`, *optional*): Split of all sources whose losses are computed, without noise; None computes none.
+        num_batches (`int`, defaults to 8): How many batches of them, the same each time.
+        prompts (`list[str]`): Pictures are drawn of these, see [`SamplePictures`]; none if empty.
+        height (`int`, *optional*): Of these pictures, in pixels. Defaults to the model's.
+        width (`int`, *optional*): In pixels.
+    """
+
+    split: str | None = None
+    num_batches: int = 8
+    prompts: list[str] = field(default_factory=list)
+    height: int | None = None
+    width: int | None = None
+
+
+@dataclass
 class LossPart:
     """See [`MarsTrainer`]; `scope` None takes the stage's."""
 
@@ -182,6 +202,7 @@ class Recipe:
         optimizer ([`OptimizerPart`]): By what.
         codes_per_step (`list[int]`, *optional*): See [`MixtureDataset`]; the stage's if None.
         packing (`int`, *optional*): Tokens of packed rows; rows are padded if None.
+        evaluation ([`EvaluationPart`]): What is looked at meanwhile.
         seed (`int`, defaults to 0): Decides all else.
         about (`str`): What it is, and which of its numbers are the paper's.
 
@@ -197,6 +218,7 @@ class Recipe:
     optimizer: OptimizerPart = field(default_factory=OptimizerPart)
     codes_per_step: list[int] | None = None
     packing: int | None = None
+    evaluation: EvaluationPart = field(default_factory=EvaluationPart)
     seed: int = 0
     about: str = ""
 
@@ -221,6 +243,14 @@ class Recipe:
             raise ValueError("`training` needs `max_steps` or `num_train_epochs`, and not both.")
         if "per_device_train_batch_size" not in self.training:
             raise ValueError("`training` needs `per_device_train_batch_size`.")
+        looks = self.evaluation.split is not None or bool(self.evaluation.prompts)
+        if looks != ("eval_strategy" in self.training):
+            raise ValueError(
+                "`training.eval_strategy` says how often `evaluation` looks: give both, `evaluation` with a `split`, "
+                "or none of them."
+            )
+        if self.evaluation.prompts and self.evaluation.split is None:
+            raise ValueError("`evaluation.prompts` are drawn at each evaluation, which needs an `evaluation.split`.")
         owned = {"output_dir", "learning_rate", "weight_decay", "adam_beta2", "seed", "remove_unused_columns"}
         if twice := sorted(owned & self.training.keys()):
             raise ValueError(
@@ -330,4 +360,14 @@ def _checked(hint: Any, value: Any, place: str) -> Any:
     return value
 
 
-__all__ = ["RECIPES", "STAGES", "DataPart", "LossPart", "ModelPart", "OptimizerPart", "Recipe", "Stage"]
+__all__ = [
+    "RECIPES",
+    "STAGES",
+    "DataPart",
+    "EvaluationPart",
+    "LossPart",
+    "ModelPart",
+    "OptimizerPart",
+    "Recipe",
+    "Stage",
+]

@@ -25,6 +25,7 @@ from .collation import AlignedCollator, PackedCollator
 from .mixture import MixtureDataset, PackedDataset, Source
 from .muon import muon_with_adamw
 from .recipe import DataPart, ModelPart, Recipe
+from .samples import SamplePictures
 from .text import last_checkpoint
 from .trainer import MarsTrainer
 
@@ -89,9 +90,14 @@ def _attention() -> str:
     return "sdpa" if torch.accelerator.is_available() else "eager"
 
 
-def build_source(part: DataPart, model: MarsForConditionalGeneration) -> Source:
+def build_source(part: DataPart, model: MarsForConditionalGeneration, eval_split: str | None = None) -> Source:
     """
     Open a recipe's records and check every one of them; bad ones are left out and counted.
+
+    Args:
+        part ([`DataPart`]): What to open.
+        model ([`MarsForConditionalGeneration`]): Whose codes they have to hold.
+        eval_split (`str`, *optional*): Another split, as it is: without noise, every record as often as the others.
 
     Raises:
         ValueError: If more than 1 % of them are bad.
@@ -100,7 +106,7 @@ def build_source(part: DataPart, model: MarsForConditionalGeneration) -> Source:
     rules = RecordRules(
         min_score=part.min_score, codebook_size=config.codebook_size, downsample_factor=config.downsample_factor
     )
-    records = open_records(part.source, part.split, columns=part.columns, vqgan=model.vqgan)
+    records = open_records(part.source, eval_split or part.split, columns=part.columns, vqgan=model.vqgan)
     good, bad = validate_records(records, rules, on_bad="skip")
     if bad.reasons or bad.num_truncated:
         logger.warning(f"{part.source}: {bad}")
@@ -108,6 +114,8 @@ def build_source(part: DataPart, model: MarsForConditionalGeneration) -> Source:
     form = dict(part.captions)
     kind = form.pop("form", "records")
     weights = None
+    if eval_split is not None:
+        return Source(part.task, part.share, records, _caption_writer(kind, form), drop_caption=0.0)
     if part.balance:
         weights = subject_weights([record["hexcode"] for record in records], part.balance)
     options = {"weights": weights, "code_noise": part.code_noise, "drop_caption": part.drop_caption}
@@ -127,7 +135,15 @@ def _caption_writer(kind: str, options: dict[str, Any]) -> Callable[[dict[str, A
 def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
     """Give Trainer's arguments; bfloat16 where the machine computes it fast, unless the recipe says so itself."""
     fast = torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
-    settings = {"bf16": fast, "save_total_limit": 2, "report_to": [], "enable_jit_checkpoint": True, **recipe.training}
+    batch_size = recipe.training["per_device_train_batch_size"]  # each is of one task
+    settings = {
+        "per_device_eval_batch_size": batch_size,
+        "bf16": fast,
+        "save_total_limit": 2,
+        "report_to": [],
+        "enable_jit_checkpoint": True,
+        **recipe.training,
+    }
     return TrainingArguments(
         output_dir=str(out),
         learning_rate=recipe.optimizer.learning_rate,
@@ -163,6 +179,7 @@ def make_trainer(recipe: Recipe, out: Path, compile_pictures: bool = False) -> t
     pad = processor.tokenizer.pad_token_id
     packed = recipe.packing is not None
     data = PackedDataset(rows, model.config, recipe.packing) if packed else rows
+    eval_data = _evaluation_rows(recipe, model, processor, args)
     collate = PackedCollator(model.config, pad, recipe.packing) if packed else AlignedCollator(model.config, pad)
     optimizer: dict[str, Any] = {}
     if recipe.optimizer.name == "muon":
@@ -176,6 +193,7 @@ def make_trainer(recipe: Recipe, out: Path, compile_pictures: bool = False) -> t
         model=model,
         args=args,
         train_dataset=data,
+        eval_dataset=eval_data,
         data_collator=collate,
         loss_scope=recipe.loss_scope,
         label_spread=recipe.loss.label_spread,
@@ -183,7 +201,22 @@ def make_trainer(recipe: Recipe, out: Path, compile_pictures: bool = False) -> t
         compile_pictures=compile_pictures,
         **optimizer,
     )
+    looks = recipe.evaluation
+    if looks.prompts:
+        trainer.add_callback(SamplePictures(processor, looks.prompts, looks.height, looks.width, recipe.seed))
     return trainer, processor
+
+
+def _evaluation_rows(
+    recipe: Recipe, model: MarsForConditionalGeneration, processor: MarsProcessor, args: TrainingArguments
+) -> MixtureDataset | PackedDataset | None:
+    looks = recipe.evaluation
+    if looks.split is None:
+        return None
+    sources = [build_source(part, model, looks.split) for part in recipe.data]
+    options = {"codes_per_step": recipe.trained_codes_per_step, "seed": recipe.seed}
+    rows = MixtureDataset(processor, sources, args.per_device_eval_batch_size, looks.num_batches, **options)
+    return rows if recipe.packing is None else PackedDataset(rows, model.config, recipe.packing)
 
 
 def check_resumption(recipe: Recipe, out: Path, facts: dict[str, Any], allow_changes: bool) -> None:
