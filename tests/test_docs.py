@@ -23,7 +23,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BY_NAME = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 KINDS = {"python", "bash", "yaml", "text", "bibtex"}  # text is shown, and no command
-BREAKS = ("&&", "||", "|", ";", ">", "&")
+BREAKS = ("&&", "||", "|", ";", "&")
 SYSTEM_COMMANDS = {"apt-get", "git", "cd"}
 SOURCES = ("src", "examples", "benchmarks", "docs", "tests")
 
@@ -43,7 +43,8 @@ def commands(script: str) -> list[list[str]]:
     """Cut a shell script into its commands, comments and variables left out."""
     found: list[list[str]] = []
     for line in script.replace("\\\n", " ").splitlines():
-        lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;>")
+        line = re.sub(r" > \S+", "", line)  # the file that is written to
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;")
         lexer.whitespace_split = True
         words: list[str] = []
         for word in [*lexer, ";"]:
@@ -68,6 +69,8 @@ def check_command(words: list[str]) -> None:
     elif program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(rest) <= set(targets), f"{rest} are no targets of the Makefile"
+    elif program == "python" and "-c" in rest:
+        compile(rest[rest.index("-c") + 1], "<command>", "exec")
     elif program in ("python", "accelerate", "sbatch"):
         assert scripts, f"{words} name no script of the repository"
         script = scripts[-1]
@@ -92,6 +95,19 @@ def parse(words: list[str]) -> None:
     command.make_context(name, [*words], parent=context)
 
 
+def check_mention(words: list[str]) -> None:
+    """Check a command in running text, which may leave arguments out."""
+    if words[0] != "mars-hf":
+        check_command(words)
+        return
+    command, rest = typer.main.get_command(app), words[1:]
+    while rest and hasattr(command, "commands"):
+        assert rest[0] in command.commands, f"{words} is no command"
+        command, rest = command.commands[rest[0]], rest[1:]
+    known = {name for parameter in command.params for name in parameter.opts}
+    assert {word for word in rest if word.startswith("--")} <= known, f"{words} has an unknown option"
+
+
 @BY_NAME
 def test_every_block_is_of_a_kind_that_is_tested(page):
     text = page.read_text(encoding="utf-8")
@@ -106,12 +122,19 @@ def test_commands_have_the_options_that_are_shown(page):
             check_command(command)
 
 
+@BY_NAME
+def test_commands_in_the_text_exist(page):
+    for span in re.findall(r"`([^`]+)`", prose(page)):
+        if span.startswith(("mars-hf ", "python ", "make ")):
+            check_mention(shlex.split(span))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("mars-hf draw a --out a.png", "No such command"),
         ("mars-hf generate a --output a.png", "(?i)no such option"),
-        ("mars-hf generate a", "(?i)missing option"),
+        ("mars-hf generate a", "(?i)missing parameter"),
         ("mars-hf data encode --data a --out b --size 64", "requires 2 arguments"),
         ("cd x && mars-hf train a --out b --fast", "(?i)no such option"),
         ("python examples/train.py a --outt b", "has no option --outt"),
@@ -126,6 +149,12 @@ def test_a_wrong_command_is_found(line, message):
     with pytest.raises(Exception, match=message):  # the command line has exceptions of its own
         for command in commands(line):
             check_command(command)
+
+
+@pytest.mark.parametrize("line", ["mars-hf data draw", "mars-hf data encode --small-factor 2", "make everything"])
+def test_a_wrong_mention_is_found(line):
+    with pytest.raises(AssertionError):
+        check_mention(line.split())
 
 
 def files_of(page: Path) -> dict[str, str]:
@@ -221,7 +250,7 @@ def test_names_in_the_text_are_names_in_the_code(page):
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory) -> Path:
-    """A folder with what the pages begin from: the exported checkpoint, small data of the emoji data's form, a CLIP."""
+    """A folder with what the pages begin from: the exported checkpoint, small data like the emoji data, a CLIP."""
     folder = tmp_path_factory.mktemp("workshop")
     words = {"red": "红", "green": "绿", "blue": "蓝"}
     things = {"apple": "苹果", "kite": "风筝", "boat": "船", "hat": "帽子", "lamp": "灯", "drum": "鼓"}
@@ -230,8 +259,8 @@ def workshop(tmp_path_factory) -> Path:
     for number, (english, chinese) in enumerate(names):
         hexcode, colour = f"{0x1F400 + number:X}", english.split()[0]
         for style in emoji.STYLES:
-            svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8"><circle cx="4" cy="4" r="3" fill="{colour}"/>'
-            row = {"svg": f"{svg}</svg>", "caption_en": english, "caption_zh": chinese, "style": style}
+            svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8"><circle r="6" fill="{colour}"/></svg>'
+            row = {"svg": svg, "caption_en": english, "caption_zh": chinese, "style": style}
             rows[emoji.split_of(hexcode, style)].append({**row, "hexcode": hexcode})
     data = folder / "data" / "emoji-64"
     (data / "data").mkdir(parents=True)
