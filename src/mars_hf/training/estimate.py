@@ -384,7 +384,7 @@ def recipe_batches(
             for n in range(per_batch)
         ]
     shapes = [(1 / len(batches), _shape(recipe, config, method, batch)) for batch in batches]
-    return shapes, sum(len(source.records) for source in sources), ", ".join(names)
+    return shapes, sum(len(source.records) for source in sources), ", ".join(dict.fromkeys(names))
 
 
 def _shape(recipe: Recipe, config: MarsConfig, method: Method, rows: list[Row]) -> StepShape:
