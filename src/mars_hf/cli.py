@@ -4,6 +4,7 @@ The command line `mars-hf`: words to calls.
 Every command imports what it needs when it runs, so that help is instant.
 """
 
+import json
 import sys
 import time
 import warnings
@@ -242,21 +243,40 @@ def generate(
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or a recipe of the package such as emoji/stage1.")],
-    out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run there is continued.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; an interrupted run there is continued.", show_default=False)
+    ] = None,
     compile_pictures: Annotated[
         bool, typer.Option("--compile", help="Compile what follows the prompts; takes a C++ compiler.")
     ] = False,
     allow_changes: Annotated[
         bool, typer.Option("--allow-changes", help="Continue although recipe, data or processes differ.")
     ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Train nothing, tell what it would cost.")] = False,
+    gpus: Annotated[int, typer.Option(help="Of a dry run; several share weights and states (FSDP2).")] = 1,
+    utilisation: Annotated[float, typer.Option(help="Of a dry run: share of the peak that is reached.")] = 0.4,
+    peak_tflops: Annotated[float, typer.Option(help="Of a dry run: of one GPU, an A100 in bfloat16.")] = 312.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Of a dry run: print JSON instead of tables.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Train a stage by its recipe, on one device; on many, see `examples/train.py`."""
+    """Train a stage by its recipe, on one device; on many, see `examples/train.py`. Or tell what it would cost."""
     with _one_line_errors(debug):
         from mars_hf.training.recipe import Recipe
+
+        loaded = Recipe.load(recipe)
+        if dry_run:
+            from mars_hf.training.estimate import PAPER_STAGES, estimate_cost, paper_utilisation
+
+            cost = estimate_cost(loaded, gpus, utilisation, peak_tflops)
+            paper = paper_utilisation() if recipe in PAPER_STAGES else None
+            if as_json:
+                return typer.echo(json.dumps({**cost.to_dict(), "paper": paper and paper.to_dict()}, indent=2))
+            return typer.echo("\n\n".join(map(str, filter(None, (cost, paper)))))
+        if out is None:
+            raise ValueError("`--out` is missing: the folder of the run. Only a `--dry-run` needs none.")
         from mars_hf.training.run import train as run
 
-        typer.echo(str(run(Recipe.load(recipe), out, compile_pictures, allow_changes)))
+        typer.echo(str(run(loaded, out, compile_pictures, allow_changes)))
 
 
 @app.command()
