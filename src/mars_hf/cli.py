@@ -159,15 +159,45 @@ def export(
     separate_frozen: Annotated[
         bool, typer.Option("--separate-frozen", help="Store the frozen part in a file of its own.")
     ] = False,
+    gallery: Annotated[int, typer.Option(metavar="N", min=0, help="Draw N pictures for the model card.")] = 0,
+    results: Annotated[
+        Path | None, typer.Option(help="A results.json of `evaluate`, for the model card.", show_default="none")
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO", help="Upload to this repository of the Hub; again, to continue.", show_default="none"
+        ),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public, not private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what --push would upload, and stop.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Write a checkpoint as a complete Hub folder, which loads with `trust_remote_code=True` and without mars_hf."""
-    with _one_line_errors(debug):
-        from mars_hf.hub import export_folder
+    """
+    Write a checkpoint as a complete Hub folder, which loads with `trust_remote_code=True` and without mars_hf.
 
-        storage = {"weights_dtype": weights_dtype, "separate_frozen": separate_frozen}
-        export_folder(model, out, overwrite=overwrite, **storage)
-        typer.echo(str(out))
+    With --push an earlier export in DIR is uploaded as it stands, unless --overwrite is given.
+    """
+    with _one_line_errors(debug):
+        if push is None and (public or dry_run):
+            raise ValueError("`--public` and `--dry-run` go with `--push REPO`.")
+        from mars_hf.hub import export_folder, is_export
+        from mars_hf.upload import check_repo_id, check_upload, files_to_upload, upload_folder
+
+        if push is not None:
+            check_repo_id(push) if dry_run else check_upload(push)
+        content = {"weights_dtype": weights_dtype, "gallery": gallery, "results": results}
+        if push is None or overwrite or not is_export(out):
+            export_folder(model, out, overwrite=overwrite, separate_frozen=separate_frozen, **content)
+            typer.echo(str(out))
+        elif separate_frozen or any(content.values()) or model != DEFAULT_CHECKPOINT:
+            raise ValueError(f"{out} holds an earlier export. Leave options that change it out, or add --overwrite.")
+        if dry_run:
+            sizes = files_to_upload(out)
+            typer.echo("\n".join(f"{size:>15,} {name}" for name, size in sizes.items()))
+            typer.echo(f"{sum(sizes.values()):>15,} bytes in {len(sizes)} files would go to {push}")
+        elif push is not None:
+            typer.echo(upload_folder(out, push, private=not public))
 
 
 @app.command()
