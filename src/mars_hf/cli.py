@@ -312,7 +312,8 @@ def train(
 @app.command()
 def evaluate(
     config: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="YAML file, or one in the package: emoji, coco, compbench.")
+        str,
+        typer.Argument(metavar="CONFIG", help="YAML file, or one in the package: emoji, coco, compbench, geneval."),
     ],
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value, e.g. prompts.limit=100.")
