@@ -41,6 +41,7 @@ HUB_FILES = (
     "prompts_mars.py",
     "speculation_mars.py",
     "streaming_mars.py",
+    "super_resolution_mars.py",
     "weights_mars.py",
 )
 _MODEL = "modeling_mars.MarsForConditionalGeneration"

@@ -15,6 +15,8 @@ from PIL import Image
 from transformers.pipelines import Pipeline
 from transformers.utils.chat_template_utils import Chat, is_valid_message
 
+from .super_resolution_mars import Enlarger
+
 # What the pipelines hand on to `generate` under its own name; the rest goes through `generate_kwargs`.
 _DRAWING_ARGUMENTS = ("guidance_scale", "do_sample", "temperature", "top_k", "top_p", "seed", "generator")
 _WRITING_ARGUMENTS = ("max_new_tokens", "num_return_sequences", "image_kwargs")
@@ -71,6 +73,8 @@ class MarsPipeline(_MarsBasePipeline):
     ```
     """
 
+    _enlarger: Enlarger | None = None
+
     def __call__(self, inputs: str | list[str], **kwargs: Any) -> Any:
         r"""
         Draw pictures.
@@ -102,6 +106,8 @@ class MarsPipeline(_MarsBasePipeline):
                 the same pictures alone and in a list.
             generator (`torch.Generator`, *optional*):
                 Source of chance that goes on from one prompt to the next; takes the place of `seed`.
+            super_resolution (`bool`, *optional*, defaults to `False`):
+                Draw the pictures larger with the model of super-resolution that the checkpoint's folder carries.
             batch_size (`int`, *optional*):
                 Number of prompts that are drawn together, 1 if not given.
             generate_kwargs (`dict`, *optional*):
@@ -111,7 +117,8 @@ class MarsPipeline(_MarsBasePipeline):
             `list[dict]` or `list[list[dict]]`: The pictures of one prompt, or of each.
 
         Raises:
-            ValueError: If a prompt is no string, there is none, or an argument is given twice.
+            ValueError: If a prompt is no string, there is none, an argument is given twice, or there is no model of
+                super-resolution.
         """
         if isinstance(inputs, tuple):
             inputs = list(inputs)
@@ -125,10 +132,14 @@ class MarsPipeline(_MarsBasePipeline):
         width: int | None = None,
         negative_prompt: str | None = None,
         num_images_per_prompt: int | None = None,
+        super_resolution: bool | None = None,
         generate_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        preprocess = {"height": height, "width": width, "negative_prompt": negative_prompt}
+        preprocess: dict[str, Any] = {"height": height, "width": width, "negative_prompt": negative_prompt}
+        if super_resolution:
+            self._load_enlarger()  # says at once if there is none
+            preprocess["keep_caption"] = True
         forward = self._generate_arguments(_DRAWING_ARGUMENTS, kwargs, generate_kwargs)
         if num_images_per_prompt is not None:
             if num_images_per_prompt < 1:
@@ -144,24 +155,41 @@ class MarsPipeline(_MarsBasePipeline):
         height: int | None = None,
         width: int | None = None,
         negative_prompt: str | None = None,
-    ) -> dict[str, torch.Tensor]:
+        keep_caption: bool = False,
+    ) -> dict[str, Any]:
         if not isinstance(prompt, str):
             raise ValueError(f"A prompt must be a string, got {type(prompt).__name__}: {prompt!r}.")
         size = self.model.config.default_image_size
-        return self.processor(
+        inputs = self.processor(
             prompt,
             height=size if height is None else height,
             width=size if width is None else width,
             negative_prompt=negative_prompt,
             return_tensors="pt",
         )
+        return {**inputs, "captions": [prompt]} if keep_caption else inputs
 
-    def _forward(self, model_inputs: dict[str, torch.Tensor], seed: int | None = None, **generate_kwargs: Any):
+    def _load_enlarger(self) -> Enlarger:
+        if self._enlarger is None:
+            if not (name := self.model.config._name_or_path):
+                raise ValueError("`super_resolution` needs a pipeline that was loaded from a folder or repository.")
+            self._enlarger = Enlarger.of(name, dtype=self.model.dtype)
+            self._enlarger.model.to(self.device)
+        return self._enlarger
+
+    def _forward(self, model_inputs: dict[str, Any], seed: int | None = None, **generate_kwargs: Any):
         if seed is not None:
             generate_kwargs["generator"] = torch.Generator(self.device).manual_seed(seed)
         generate_kwargs = self._prepare_generate_kwargs(generate_kwargs)
+        captions = model_inputs.pop("captions", None)
         sequences = self.model.generate(**model_inputs, **generate_kwargs, generation_mode="image")
-        pixels = self.model.decode_image_tokens(sequences, model_inputs["image_sizes"])
+        if captions is None:
+            pixels = self.model.decode_image_tokens(sequences, model_inputs["image_sizes"])
+        else:
+            drawn = self.model.collect_image_codes(sequences, model_inputs["image_sizes"])
+            flat = [one if isinstance(one, str) else one[0] for one in captions]
+            chance = {"generator": generate_kwargs["generator"]} if "generator" in generate_kwargs else {}
+            pixels = self._load_enlarger()(flat, [codes for row in drawn for codes in row], **chance)
         # One row for each prompt, which is how the library takes a batch apart.
         return {"pixel_values": torch.stack(pixels).unflatten(0, (len(model_inputs["input_ids"]), -1))}
 
