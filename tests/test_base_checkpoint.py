@@ -2,13 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoModel, pipeline
 
-from mars_hf import MarsConfig, MarsForConditionalGeneration, hub
+from mars_hf import MarsConfig, MarsForConditionalGeneration, MarsPipeline, MarsProcessor, hub
 from mars_hf.modeling_mars import is_visual_parameter
+from mars_hf.super_resolution_mars import Enlarger
 from mars_hf.training.run import with_other_config
 
 
@@ -86,3 +88,37 @@ def test_a_base_outside_the_repository_is_refused(pair, monkeypatch, tmp_path):
         weights_mars.complete_weights(
             "someone/mars", {**config["base_checkpoint"], "path": "../.."}, "super_resolution"
         )
+
+
+def test_a_pipeline_draws_larger_with_what_the_folder_carries(pair, tiny_processor):
+    base, folder, _ = pair
+    pipe = pipeline("text-to-image", model=str(base), trust_remote_code=True)
+    call = {"height": 16, "width": 16, "guidance_scale": 2.0, "do_sample": True, "num_images_per_prompt": 2, "seed": 5}
+    drawn = pipe(["a pear", "an apple"], super_resolution=True, **call)
+    assert [[one["generated_image"].size for one in row] for row in drawn] == [[(32, 32)] * 2] * 2
+
+    model = MarsForConditionalGeneration.from_pretrained(base)
+    enlarger = Enlarger.of(base)
+    assert enlarger.factor == 2 and Enlarger.of(folder).factor == 2
+    inputs = MarsProcessor.from_pretrained(base)("an apple", height=16, width=16)
+    chance = torch.Generator().manual_seed(5)
+    options = {"guidance_scale": 2.0, "do_sample": True, "num_return_sequences": 2, "generator": chance}
+    small = model.generate(**inputs, generation_mode="image", **options)
+    grids = [row[0] for row in model.collect_image_codes(small, inputs["image_sizes"])]
+    pixels = enlarger(["an apple"], grids, generator=chance)
+    expected = enlarger.processor.post_process_multimodal_output(pixels, generation_mode="image")
+    assert [np.asarray(one["generated_image"]).tolist() for one in drawn[1]] == [
+        np.asarray(p).tolist() for p in expected
+    ]
+    with pytest.raises(ValueError, match="3 pictures cannot be shared out among 2 captions"):
+        enlarger(["a", "b"], [*grids, grids[0]])
+
+
+def test_a_folder_without_a_model_of_super_resolution_is_refused(tmp_path, tiny_model, tiny_processor):
+    base = hub.export_checkpoint(tiny_model, tiny_processor, tmp_path / "base")
+    pipe = pipeline("text-to-image", model=str(base), trust_remote_code=True)
+    with pytest.raises(ValueError, match="no folder `super_resolution`"):
+        pipe("a pear", super_resolution=True)
+    in_memory = MarsPipeline(model=tiny_model, processor=tiny_processor)
+    with pytest.raises(ValueError, match="loaded from a folder"):
+        in_memory("a pear", super_resolution=True)

@@ -12,7 +12,7 @@ from PIL import Image
 from mars_hf import MarsForConditionalGeneration, MarsProcessor
 from mars_hf.modeling_mars import is_visual_parameter
 from mars_hf.training.recipe import RECIPES, STAGES, Recipe
-from mars_hf.training.run import train
+from mars_hf.training.run import make_trainer, train
 
 GOOD = {
     "stage": "alignment",
@@ -172,3 +172,11 @@ def test_records_that_do_not_fit_are_refused_before_the_first_step(folder):
     Dataset.from_dict(bad).to_parquet(folder / "pairs.parquet")
     with pytest.raises(ValueError, match="broken"):
         train(recipe_in(folder), folder / "run")
+
+
+def test_an_epoch_shows_every_pair_once_however_many_tasks_it_has(folder):
+    training = {"num_train_epochs": 2, "per_device_train_batch_size": 2}
+    source = {"source": str(folder / "pairs.parquet")}
+    data = [{**source, "task": "text-to-image"}, {**source, "task": "captioning"}]
+    trainer, _ = make_trainer(recipe_in(folder, training=training, data=data), folder / "run")
+    assert trainer.args.max_steps == 6 and len(trainer.train_dataset) == 12

@@ -293,15 +293,30 @@ class MarsProcessor(ProcessorMixin):
             small, features = self._process_lowres(lowres_images, lowres_codes, sizes, options)
             return self._drawing_batch(captions, sizes, negative_prompt, k, options, small, features)
         rows = self._text_rows(text) if images is None else self._rows_with_pictures(text, images)
+        target = {"height": height, "width": width, "image_sizes": image_sizes, "negative_prompt": negative_prompt}
+        return self._rows_batch(rows, k, options, generation_mode, **target)
+
+    def _rows_batch(
+        self,
+        rows: list[Row],
+        codes_per_step: int,
+        options: dict[str, Any],
+        generation_mode: str | None = None,
+        height: Any = None,
+        width: Any = None,
+        image_sizes: Any = None,
+        negative_prompt: Any = None,
+    ) -> BatchFeature:
+        """Lay out rows of texts and pictures, to be read or as prompts of documents."""
         if generation_mode == "interleaved":
-            sizes = self._target_sizes(len(rows), height, width, image_sizes, k)
-            return self._document_batch(rows, sizes, negative_prompt, k, options)
+            sizes = self._target_sizes(len(rows), height, width, image_sizes, codes_per_step)
+            return self._document_batch(rows, sizes, negative_prompt, codes_per_step, options)
         if negative_prompt is not None or image_sizes is not None:
             raise ValueError(
                 "`negative_prompt` and `image_sizes` belong to drawing: give a size and no `images`, or "
                 "`generation_mode='interleaved'` for a document."
             )
-        return self._batch(self._reading_data(rows, height, width, k, options), options)
+        return self._batch(self._reading_data(rows, height, width, codes_per_step, options), options)
 
     def _options(self, **kwargs: Any) -> dict[str, Any]:
         return self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
@@ -617,7 +632,10 @@ class MarsProcessor(ProcessorMixin):
             tokenize (`bool`, defaults to `False`): Return ids instead of a string.
             return_dict (`bool`, defaults to `False`): Return all inputs of the model, not only `input_ids`.
             return_tensors (`str`, *optional*, defaults to `"pt"`): Type of the tensors.
-            processor_kwargs (`dict`, *optional*): Arguments of the tokenizer and the image processor.
+            processor_kwargs (`dict`, *optional*):
+                Arguments of the tokenizer and the image processor, and of [`MarsProcessor.__call__`] those of
+                pictures: `generation_mode="interleaved"` with sizes of those that the answer may have, `height` and
+                `width`, `image_sizes`, `negative_prompt`, `codes_per_step`.
             kwargs: `add_generation_prompt`, `continue_final_message`, and variables of the template.
 
         Returns:
@@ -631,8 +649,13 @@ class MarsProcessor(ProcessorMixin):
         conversations = conversation if isinstance(conversation[0], (list, tuple)) else [conversation]
         rows = [self._chat_row(messages, chat_template, **kwargs) for messages in conversations]
         types = {} if return_tensors == "auto" else {"return_tensors": return_tensors}
-        options = self._options(**types, **(processor_kwargs or {}))
-        batch = self._batch(self._reading_data(rows, None, None, 1, options), options)
+        given = dict(processor_kwargs or {})
+        mode, k = given.pop("generation_mode", None), _check_codes_per_step(given.pop("codes_per_step", None))
+        if mode not in (None, "interleaved"):
+            raise ValueError(f"`generation_mode` of a chat is 'interleaved' or left out, got {mode!r}.")
+        names = ("height", "width", "image_sizes", "negative_prompt")
+        target = {name: given.pop(name) for name in names if name in given}
+        batch = self._rows_batch(rows, k, self._options(**types, **given), mode, **target)
         return batch if return_dict else batch["input_ids"]
 
     def _chat_row(self, messages: Sequence[Any], chat_template: str | None, **kwargs: Any) -> Row:

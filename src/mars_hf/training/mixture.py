@@ -178,10 +178,10 @@ class PackedDataset(Dataset):
         rows (`Dataset`): Of rows.
         config ([`MarsConfig`]): Of the model.
         max_length (`int`): Tokens of a pack.
-        window (`int`, defaults to 1024): Rows that are packed together.
+        window (`int`, defaults to 4096): Rows that are packed together; its last pack is seldom full.
     """
 
-    def __init__(self, rows: Dataset, config: Any, max_length: int, window: int = 1024):
+    def __init__(self, rows: Dataset, config: Any, max_length: int, window: int = 4096):
         self.rows, self.config, self.max_length, self.window = rows, config, max_length, window
         self._packs: list[list[int]] = []
         count = len(rows)  # type: ignore[arg-type]

@@ -187,6 +187,41 @@ class OptimizerPart:
 
 
 @dataclass
+class AssumedPart:
+    """
+    What a dry run ([`estimate_cost`]) takes for models and data that are not on this machine. Nothing else reads it.
+
+    Args:
+        text_config (`dict`): Configuration of the language model.
+        vq_config (`dict`): Configuration of the VQ-GAN.
+        rows (`int`, *optional*): Rows of an epoch, of all sources together.
+        prompt_tokens (`int`, *optional*): Text tokens of a row: the caption with its size.
+        image_size (`list[int]`, *optional*): Height and width of the pictures in pixels.
+        lowres_size (`list[int]`, *optional*): Of the pictures that super-resolution starts from.
+
+    Raises:
+        ValueError: If a number is impossible.
+    """
+
+    text_config: dict[str, Any] = field(default_factory=dict)
+    vq_config: dict[str, Any] = field(default_factory=dict)
+    rows: int | None = None
+    prompt_tokens: int | None = None
+    image_size: list[int] | None = None
+    lowres_size: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "prompt_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`assume.{name}` must be 1 or more, got {value}.")
+        for name in ("image_size", "lowres_size"):
+            size = getattr(self, name)
+            if size is not None and (len(size) != 2 or min(size) < 1):
+                raise ValueError(f"`assume.{name}` is a height and a width in pixels, got {size}.")
+
+
+@dataclass
 class Recipe:
     """
     A stage of training.
@@ -203,6 +238,7 @@ class Recipe:
         codes_per_step (`list[int]`, *optional*): See [`MixtureDataset`]; the stage's if None.
         packing (`int`, *optional*): Tokens of packed rows; rows are padded if None.
         evaluation ([`EvaluationPart`]): What is looked at meanwhile.
+        assume ([`AssumedPart`]): For a dry run.
         seed (`int`, defaults to 0): Decides all else.
         about (`str`): What it is, and which of its numbers are the paper's.
 
@@ -219,6 +255,7 @@ class Recipe:
     codes_per_step: list[int] | None = None
     packing: int | None = None
     evaluation: EvaluationPart = field(default_factory=EvaluationPart)
+    assume: AssumedPart = field(default_factory=AssumedPart)
     seed: int = 0
     about: str = ""
 
@@ -363,6 +400,7 @@ def _checked(hint: Any, value: Any, place: str) -> Any:
 __all__ = [
     "RECIPES",
     "STAGES",
+    "AssumedPart",
     "DataPart",
     "EvaluationPart",
     "LossPart",

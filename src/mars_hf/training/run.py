@@ -164,8 +164,10 @@ def make_trainer(recipe: Recipe, out: Path, compile_pictures: bool = False) -> t
     batches_per_step = args.world_size * args.gradient_accumulation_steps
     steps = args.max_steps
     if steps < 0:
-        rows = sum(len(source.records) for source in sources)
+        once = {part.source: len(source.records) for part, source in zip(recipe.data, sources, strict=True)}
+        rows = sum(once.values())  # a pair that two tasks show counts once
         steps = int(args.num_train_epochs * rows / (args.per_device_train_batch_size * batches_per_step))
+        args.max_steps = steps = max(steps, 1)  # the rows of all epochs are one sequence
     k = recipe.trained_codes_per_step
     rows = MixtureDataset(
         processor,

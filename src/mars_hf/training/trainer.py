@@ -105,13 +105,14 @@ class MarsTrainer(Trainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], prompt_length: int, num_drawn: int
     ) -> LossTerms:
         mask, cells = inputs["attention_mask"], inputs.get("cells")
-        prefix = prompt_states(self._mars(), inputs["input_ids"][:, :prompt_length], mask[:, :prompt_length])
+        with self.accelerator.autocast():  # accelerate wraps the model's forward; these calls go past it
+            prefix = prompt_states(self._mars(), inputs["input_ids"][:, :prompt_length], mask[:, :prompt_length])
         rest = {name: inputs[name][:, prompt_length:] for name in ("input_ids", "position_ids", "shift_labels")}
         rest |= {"attention_mask": mask, "block_ids": inputs.get("block_ids")}
         rest["cells"] = None if cells is None else cells[:, prompt_length:]
         if num_drawn:
             rest["shift_labels"] = rest["shift_labels"][:, -num_drawn:]
-            with self.accelerator.autocast():  # accelerate wraps the model's forward; a compiled call goes past it
+            with self.accelerator.autocast():
                 return self._pictures(self._mars(), prefix, rest, self.picture_loss)
         return model(**rest, past_key_values=DynamicCache(prefix), head_loss=self.head_loss, use_cache=True)
 
@@ -193,7 +194,8 @@ def frozen_hashes(model: torch.nn.Module) -> dict[str, str]:
     hashes = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
-            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            local = getattr(parameter, "ds_tensor", parameter)  # DeepSpeed's ZeRO-3 leaves the parameter empty
+            local = local.to_local() if hasattr(local, "to_local") else local
             raw = local.detach().cpu().contiguous().view(torch.uint8).numpy()
             hashes[name] = hashlib.sha256(raw.tobytes()).hexdigest()
     return hashes
