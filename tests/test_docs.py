@@ -281,7 +281,7 @@ def workshop(tmp_path_factory) -> Path:
 
 
 @pytest.mark.integration
-@BY_NAME
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
 def test_python_blocks_run_as_pasted(page, workshop, tmp_path):
     """One after the other in one process, in a folder with what the commands around them would have made."""
     for path in workshop.iterdir():
@@ -291,9 +291,7 @@ def test_python_blocks_run_as_pasted(page, workshop, tmp_path):
             shutil.copytree(path, tmp_path / path.name)
     for name, body in files_of(page).items():
         (tmp_path / name).write_text(body, encoding="utf-8")
-    script = blocks(page, "python")
-    assert script
-    run(sys.executable, "-c", "\n".join(script), cwd=tmp_path)
+    run(sys.executable, "-c", "\n".join(blocks(page, "python")), cwd=tmp_path)
     if page.stem == "README":
         for number in range(2):
             with Image.open(tmp_path / f"picture-{number}.png") as picture:
