@@ -180,3 +180,14 @@ def test_an_epoch_shows_every_pair_once_however_many_tasks_it_has(folder):
     data = [{**source, "task": "text-to-image"}, {**source, "task": "captioning"}]
     trainer, _ = make_trainer(recipe_in(folder, training=training, data=data), folder / "run")
     assert trainer.args.max_steps == 6 and len(trainer.train_dataset) == 12
+
+
+def test_records_can_be_read_on_the_way(folder):
+    source = {"source": str(folder / "pairs.parquet"), "task": "text-to-image", "streaming": True}
+    final = train(recipe_in(folder, data=[source], packing=64), folder / "run")
+    MarsForConditionalGeneration.from_pretrained(final)
+    with pytest.raises(ValueError, match="set `training.max_steps`"):
+        training = {"num_train_epochs": 1, "per_device_train_batch_size": 2}
+        make_trainer(recipe_in(folder, data=[source], training=training), folder / "epochs")
+    with pytest.raises(ValueError, match="as a stream, whose records cannot be balanced"):
+        recipe_in(folder, data=[{**source, "balance": 0.5}])

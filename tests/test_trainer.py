@@ -5,13 +5,14 @@ import random
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainingArguments
 
 from mars_hf.modeling_mars import is_visual_parameter
 from mars_hf.training.collation import AlignedCollator, PackedCollator, ShiftedRow, pack_rows
-from mars_hf.training.mixture import MixtureDataset, PackedDataset, Source
+from mars_hf.training.mixture import MixtureDataset, MixtureStream, PackedDataset, PackedStream, Source
 from mars_hf.training.muon import muon_with_adamw
 from mars_hf.training.trainer import MarsTrainer
 
@@ -385,3 +386,44 @@ def test_lora_on_the_visual_experts_trains_alone_and_leaves_text_as_it_is(make_t
     loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter")
     ids = torch.tensor([mixture(tiny_processor)[0]["input_ids"]])
     assert torch.equal(loaded(ids).logits, adapted.eval()(ids).logits)
+
+
+def as_stream(rows):
+    return Dataset.from_list(rows).to_iterable_dataset(num_shards=2)
+
+
+def test_a_stream_trains_as_it_is_read_and_goes_on_where_it_stopped(make_tiny, tiny_processor, tmp_path):
+    streams = [
+        Source("text-to-image", 0.5, as_stream(records()), caption, code_noise=0.5),
+        Source("captioning", 0.5, records(height=8), caption),
+    ]
+    data = MixtureStream(tiny_processor, streams, 2, 6, buffer_size=3)
+    rows = list(data)
+    assert len(rows) == 12 and rows == list(data)
+    of_stream = [row["labels"] for row in rows if row["task"] == "text-to-image"]
+    assert len({tuple(labels) for labels in of_stream[:8]}) == min(8, len(of_stream))  # each record once in a pass
+
+    whole, torn = make_tiny(), make_tiny()
+    torn.load_state_dict(whole.state_dict())
+    trainer_of(whole, data, tmp_path / "whole").train()
+    trainer_of(torn, data, tmp_path / "torn", callbacks=[StopAfter(3)]).train()
+    again = make_tiny()
+    trainer_of(again, data, tmp_path / "torn").train(resume_from_checkpoint=True)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_a_packed_stream_holds_the_rows_of_the_stream(make_tiny, tiny_processor):
+    source = Source("text-to-image", 1.0, as_stream(records()), caption)
+    data = MixtureStream(tiny_processor, [source], 2, 5)
+    packs = list(PackedStream(data, make_tiny().config, max_length=64, window=4))
+    packed = sorted(tuple(row["input_ids"]) for pack in packs for row in pack)
+    assert packed == sorted(tuple(row["input_ids"]) for row in data) and len(packs) < 10
+
+
+def test_a_stream_is_not_weighed_and_not_read_by_two_workers(tiny_processor):
+    with pytest.raises(ValueError, match="cannot be weighed"):
+        Source("captioning", 1.0, as_stream(records()), caption, weights=torch.ones(8))
+    data = MixtureStream(tiny_processor, [Source("captioning", 1.0, as_stream(records()), caption)], 2, 2)
+    loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=2)
+    with pytest.raises(ValueError, match="read by one worker, got 2"):
+        list(loader)

@@ -125,6 +125,7 @@ class DataPart:
         code_noise (`float`, defaults to 0.0): See [`Source`].
         drop_caption (`float`, defaults to 0.1): See [`Source`].
         min_score (`float`, *optional*): Leave records with a lower `score` out (the curated subset of Stage II).
+        streaming (`bool`, defaults to `False`): Read the records on the way, without a copy; excludes `balance`.
     """
 
     source: str
@@ -137,6 +138,7 @@ class DataPart:
     code_noise: float = 0.0
     drop_caption: float = 0.1
     min_score: float | None = None
+    streaming: bool = False
 
 
 @dataclass
@@ -268,6 +270,11 @@ class Recipe:
             raise ValueError("A recipe needs at least one source under `data`.")
         for part in self.data:
             _refuse_unknown("data.task", part.task, TASKS)
+            if part.streaming and part.balance:
+                raise ValueError(
+                    f"`data`: {part.source} is read as a stream, whose records cannot be balanced. Leave `streaming` "
+                    "or `balance` out."
+                )
         built, goes_on = self.model.text or self.model.vqgan, self.model.base
         if bool(built) == bool(goes_on) or (built and not (self.model.text and self.model.vqgan)):
             raise ValueError(

@@ -22,7 +22,7 @@ from ..data.records import CaptionMix, RecordRules, captions_of, open_records, t
 from ..modeling_mars import MarsForConditionalGeneration
 from ..processing_mars import MarsProcessor
 from .collation import AlignedCollator, PackedCollator
-from .mixture import MixtureDataset, PackedDataset, Source
+from .mixture import MixtureDataset, MixtureStream, PackedDataset, PackedStream, Source
 from .muon import muon_with_adamw
 from .recipe import DataPart, ModelPart, Recipe
 from .samples import SamplePictures
@@ -100,24 +100,23 @@ def build_source(part: DataPart, model: MarsForConditionalGeneration, eval_split
         eval_split (`str`, *optional*): Another split, as it is: without noise, every record as often as the others.
 
     Raises:
-        ValueError: If more than 1 % of them are bad.
+        ValueError: If more than 1 % of them are bad; of a stream, when they are read.
     """
     config = model.config
     rules = RecordRules(
         min_score=part.min_score, codebook_size=config.codebook_size, downsample_factor=config.downsample_factor
     )
-    records = open_records(part.source, eval_split or part.split, columns=part.columns, vqgan=model.vqgan)
-    good, bad = validate_records(records, rules, on_bad="skip")
+    records = open_records(part.source, eval_split or part.split, part.streaming, part.columns, model.vqgan)
+    records, bad = validate_records(records, rules, on_bad="skip")
     if bad.reasons or bad.num_truncated:
         logger.warning(f"{part.source}: {bad}")
-    records = good.to_list()
     form = dict(part.captions)
     kind = form.pop("form", "records")
     weights = None
     if eval_split is not None:
         return Source(part.task, part.share, records, _caption_writer(kind, form), drop_caption=0.0)
     if part.balance:
-        weights = subject_weights([record["hexcode"] for record in records], part.balance)
+        weights = subject_weights(records["hexcode"], part.balance)
     options = {"weights": weights, "code_noise": part.code_noise, "drop_caption": part.drop_caption}
     return Source(part.task, part.share, records, _caption_writer(kind, form), **options)
 
@@ -163,13 +162,16 @@ def make_trainer(recipe: Recipe, out: Path, compile_pictures: bool = False) -> t
     sources = [build_source(part, model) for part in recipe.data]
     batches_per_step = args.world_size * args.gradient_accumulation_steps
     steps = args.max_steps
+    streams = any(source.is_stream for source in sources)
+    if steps < 0 and streams:
+        raise ValueError("A stream does not say how long an epoch is: set `training.max_steps`.")
     if steps < 0:
         once = {part.source: len(source.records) for part, source in zip(recipe.data, sources, strict=True)}
         rows = sum(once.values())  # a pair that two tasks show counts once
         steps = int(args.num_train_epochs * rows / (args.per_device_train_batch_size * batches_per_step))
         args.max_steps = steps = max(steps, 1)  # the rows of all epochs are one sequence
     k = recipe.trained_codes_per_step
-    rows = MixtureDataset(
+    rows = (MixtureStream if streams else MixtureDataset)(
         processor,
         sources,
         args.per_device_train_batch_size,
@@ -180,7 +182,8 @@ def make_trainer(recipe: Recipe, out: Path, compile_pictures: bool = False) -> t
     )
     pad = processor.tokenizer.pad_token_id
     packed = recipe.packing is not None
-    data = PackedDataset(rows, model.config, recipe.packing) if packed else rows
+    pack = PackedStream if streams else PackedDataset
+    data = pack(rows, model.config, recipe.packing) if packed else rows
     eval_data = _evaluation_rows(recipe, model, processor, args)
     collate = PackedCollator(model.config, pad, recipe.packing) if packed else AlignedCollator(model.config, pad)
     optimizer: dict[str, Any] = {}
@@ -275,7 +278,7 @@ def train(recipe: Recipe, out: str | Path, compile_pictures: bool = False, allow
     model = trainer.model
     facts = {
         "processes": trainer.args.world_size,
-        "records": [len(source.records) for source in _mixture_of(trainer).sources],
+        "records": [None if source.is_stream else len(source.records) for source in _mixture_of(trainer).sources],
         "tokenizer": None if model.vqgan is None else tokenizer_fingerprint(model.vqgan),
     }
     check_resumption(recipe, out, facts, allow_changes)
@@ -289,7 +292,7 @@ def train(recipe: Recipe, out: str | Path, compile_pictures: bool = False, allow
     return out / "final"
 
 
-def _mixture_of(trainer: MarsTrainer) -> MixtureDataset:
+def _mixture_of(trainer: MarsTrainer) -> MixtureDataset | MixtureStream:
     return getattr(trainer.train_dataset, "rows", trainer.train_dataset)
 
 
