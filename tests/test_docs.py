@@ -18,6 +18,7 @@ from test_examples import ROOT, run
 
 from mars_hf.cli import app
 from mars_hf.data import emoji
+from mars_hf.hub import HUB_FILES
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BY_NAME = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -208,6 +209,12 @@ def test_the_readme_is_short_and_begins_with_a_picture():
     picture = next(number for number, line in enumerate(lines) if line.startswith("!["))
     heading = next(number for number, line in enumerate(lines) if line.startswith("## "))
     assert picture < heading
+
+
+def test_the_file_tree_of_the_readme_names_what_is_there():
+    (tree,) = blocks(PAGES[0], "text")
+    files = [*HUB_FILES, *(path.stem for path in (ROOT / "benchmarks").glob("[!_]*.py"))]
+    assert not [file for file in files if not re.search(rf"(?<!\S){re.escape(file)}(?!\S)", tree)]
 
 
 @pytest.mark.parametrize("drawing", sorted((ROOT / "docs").glob("*.svg")), ids=lambda path: path.stem)
