@@ -1,7 +1,7 @@
 """What all tests share: no network, a fixed seed, tiny models, and the switch `--slow`."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 # Before anything imports a library of the Hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,12 +23,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def seed() -> int:
-    """Every test starts from the same random state."""
-    import torch
-
+def seed() -> Iterator[int]:
+    """Every test starts from the same random state, and gives back the threads that it took: they decide last bits."""
+    threads = torch.get_num_threads()
     torch.manual_seed(0)
-    return 0
+    yield 0
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 """
-One rank of a run that `test_distributed.py` starts: FOLDER, then how it is spread: alone, ddp or fsdp.
+One rank of a run that `test_distributed.py` starts: FOLDER, then how it is spread: alone, ddp, fsdp or zero3.
 
 accelerate shards on accelerators only; that CPU ranks may be sharded too is all that is told to it here.
 """
@@ -22,6 +22,15 @@ FSDP = {
     "transformer_layer_cls_to_wrap": ["MarsDecoderLayer"],
     "state_dict_type": "FULL_STATE_DICT",
     "cpu_ram_efficient_loading": False,
+}
+
+
+ZERO3 = {
+    "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_accumulation_steps": 1,
+    "gradient_clipping": 1.0,
+    "zero_allow_untested_optimizer": True,
 }
 
 
@@ -72,9 +81,7 @@ def main(folder: Path, spread: str) -> None:
     torch.set_num_threads(1)
     if spread == "fsdp":
         let_cpu_ranks_be_sharded()
-    model = MarsForConditionalGeneration.from_pretrained(folder / "start")
-    processor = MarsProcessor.from_pretrained(folder / "start")
-    args = TrainingArguments(
+    args = TrainingArguments(  # before the model: DeepSpeed's is told to the library here
         str(folder / spread),
         max_steps=30,
         per_device_train_batch_size=2,
@@ -88,7 +95,10 @@ def main(folder: Path, spread: str) -> None:
         disable_tqdm=True,
         fsdp=spread == "fsdp",
         fsdp_config=FSDP if spread == "fsdp" else None,
+        deepspeed=ZERO3 if spread == "zero3" else None,
     )
+    model = MarsForConditionalGeneration.from_pretrained(folder / "start")
+    processor = MarsProcessor.from_pretrained(folder / "start")
     collate = AlignedCollator(model.config, processor.tokenizer.pad_token_id)
     trainer = MarsTrainer(model=model, args=args, train_dataset=rows(processor, 60), data_collator=collate)
     trainer.train()

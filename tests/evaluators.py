@@ -14,7 +14,15 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
+    DetrConfig,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerImageProcessorPil,
+    MaskFormerConfig,
+    MaskFormerForInstanceSegmentation,
+    MaskFormerImageProcessorPil,
     PreTrainedTokenizerFast,
+    SwinConfig,
     ViTConfig,
     ViTImageProcessorPil,
     ViTModel,
@@ -44,6 +52,8 @@ WORDS = [
 ]
 TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 IMAGE = {**TEXT, "image_size": 16, "patch_size": 8}
+NAMES = {0: "cat", 1: "dog", 2: "person"}
+LABELS = {"id2label": NAMES, "label2id": {name: i for i, name in NAMES.items()}}
 
 
 def word_tokenizer(ends: bool = True) -> PreTrainedTokenizerFast:
@@ -94,11 +104,35 @@ def save_blip(folder: Path) -> Path:
     return folder
 
 
+def save_segmenter(folder: Path, kind: str = "mask2former", cats_only: bool = False) -> Path:
+    """Save a random Mask2Former or MaskFormer that knows cats, dogs and people; `cats_only` has it see cats alone."""
+    stages = {"depths": [1] * 4, "num_heads": [1] * 4, "out_features": [f"stage{i}" for i in range(1, 5)]}
+    swin = SwinConfig(image_size=64, embed_dim=8, window_size=2, **stages)
+    side = {"size": {"height": 64, "width": 64}, "size_divisor": 32}
+    if kind == "mask2former":
+        dims = dict.fromkeys(("feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim"), 32)
+        layers = {"encoder_layers": 1, "decoder_layers": 3, "num_attention_heads": 2, "dim_feedforward": 16}
+        config = Mask2FormerConfig(backbone_config=swin, **dims, **layers, num_queries=6, **LABELS)
+        model = Mask2FormerForUniversalSegmentation(config)
+        model.class_predictor.bias.data[0] += 9 * cats_only
+        model.save_pretrained(folder)
+        Mask2FormerImageProcessorPil(**side).save_pretrained(folder)
+        return folder
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    detr = DetrConfig(d_model=16, num_queries=6, **layers, **heads)
+    config = MaskFormerConfig(
+        backbone_config=swin, decoder_config=detr, fpn_feature_size=32, mask_feature_size=32, **LABELS
+    )
+    MaskFormerForInstanceSegmentation(config).save_pretrained(folder)
+    MaskFormerImageProcessorPil(**side).save_pretrained(folder)
+    return folder
+
+
 def save_detector(folder: Path) -> Path:
     """Save a random YOLOS that knows cats, dogs and people."""
-    names = {0: "cat", 1: "dog", 2: "person"}
     image = {**IMAGE, "image_size": [32, 32], "num_detection_tokens": 5}
-    config = YolosConfig(**image, id2label=names, label2id={name: i for i, name in names.items()})
+    config = YolosConfig(**image, **LABELS)
     YolosForObjectDetection(config).save_pretrained(folder)
     YolosImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder

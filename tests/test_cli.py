@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from mars_hf import DEFAULT_CHECKPOINT, ImageIteratorStreamer
@@ -261,6 +263,22 @@ def test_info_agrees_with_the_loaded_model_and_the_tokenizer(folder: Path, tiny_
     layer = tiny_model.model.layers[0].self_attn
     cache = 2 * 2 * 2 * layer.k_proj.out_features * 4 * (64 + 16)  # keys and values, 2 layers, 2 rows of float32
     assert found["memory"]["cache_bytes"] == cache and found["sha256"] == fingerprint(folder)
+
+
+def test_info_counts_the_base_that_a_checkpoint_is_stored_against(folder: Path, tmp_path: Path):
+    difference = tmp_path / "difference"
+    shutil.copytree(folder, difference)
+    tensors = load_file(folder / "model.safetensors")
+    own = {name: tensor for name, tensor in tensors.items() if "visual_" in name or "vision_head" in name}
+    save_file(own, difference / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["base_checkpoint"] = {"path": "../tiny", "sha256": "0" * 64}
+    (difference / "config.json").write_text(json.dumps(config))
+    whole, told = (json.loads(run("info", one, "--json").stdout) for one in (folder, difference))
+    assert told["parts"] == whole["parts"] and told["base_checkpoint"]["path"] == "../tiny"
+    shutil.rmtree(folder)
+    refused = run("info", difference)
+    assert refused.exit_code == 2 and "stored against the weights at ../tiny, but there are none" in refused.stderr
 
 
 def test_info_reads_well_and_loads_no_weights(folder: Path, monkeypatch):

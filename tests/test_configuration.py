@@ -1,11 +1,13 @@
 """What a configuration derives, keeps and refuses."""
 
+import json
 import logging
 
 import pytest
 from transformers import Qwen2Config, Qwen3Config
 
 from mars_hf import MarsConfig
+from mars_hf.configuration_mars import MARS_FORMAT
 
 TEXT = {
     "vocab_size": 300,
@@ -88,3 +90,24 @@ def test_an_unknown_key_is_kept_with_one_warning(caplog):
     assert config.favourite_colour == "red"
     warnings = [record for record in caplog.records if "favourite_colour" in record.getMessage()]
     assert len(warnings) == 1 and "zodiac" in warnings[0].getMessage()
+
+
+def test_the_layout_of_a_checkpoint_is_numbered_in_its_file(tmp_path):
+    MarsConfig(text_config=TEXT).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content["mars_format"] == MARS_FORMAT
+    del content["mars_format"]  # as before layouts had numbers
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert MarsConfig.from_pretrained(tmp_path).mars_format == 1
+
+
+@pytest.mark.parametrize("version", [0, MARS_FORMAT + 1])
+def test_a_layout_that_this_code_does_not_know_is_refused(version):
+    with pytest.raises(ValueError, match=f"is {version}, but this code reads 1 to {MARS_FORMAT}.*Update mars_hf"):
+        MarsConfig(text_config=TEXT, mars_format=version)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    Qwen2Config(**TEXT).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="type 'qwen2', but a MARS is of type 'mars'.*mars-hf convert"):
+        MarsConfig.from_pretrained(tmp_path)

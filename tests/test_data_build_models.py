@@ -194,7 +194,7 @@ def test_codes_are_those_of_the_model_for_pictures_fitted_to_whole_codes(
 
 
 def test_the_prompt_is_the_one_that_the_processor_writes(tmp_path: Path, raw: Path, tiny_processor) -> None:
-    from mars_hf.processing_mars import prompt_ids, text_ids
+    from mars_hf.prompts_mars import prompt_ids, text_ids
 
     build_dataset(recipe_of(tmp_path / "out", folder_source(raw), resolution_text=True), progress=False)
     for record in records_of(tmp_path / "out"):

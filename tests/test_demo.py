@@ -246,7 +246,8 @@ def test_an_upload_is_captioned(studio: Studio, visit, tmp_path: Path):
 def test_hostile_uploads_are_refused_and_do_no_harm(visit, tmp_path: Path):
     files = {
         "bomb.png": (png(Image.new("1", (20_000, 20_000))), "far too large"),
-        "wide.png": (png(Image.new("1", (9000, 9000))), "at most 16,000,000 pixels"),
+        "wide.png": (png(Image.new("1", (9000, 9000))), "at most 16777216 pixels"),
+        "thin.png": (png(Image.new("1", (100_000, 8))), "at most 1 to 10"),
         "script.png": (b"<svg onload='window.hacked=1'><script>window.hacked=1</script></svg>", "This is no picture"),
         "cut.png": (png(Image.effect_noise((64, 64), 50))[:900], "truncated or damaged"),
         "large.png": (bytes(MAX_UPLOAD_BYTES + 1), "exceed the maximum allowed size"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from evaluators import COLOURS, ColourClip, save_blip, save_clip, save_detector
+from evaluators import COLOURS, ColourClip, save_blip, save_clip, save_detector, save_segmenter
 from huggingface_hub import ModelCard
 from PIL import Image
 from typer.testing import CliRunner
@@ -240,7 +240,9 @@ def test_bad_files_of_prompts_are_refused(tmp_path: Path, text: str, message: st
 # Configurations
 
 
-@pytest.mark.parametrize("name, kind", [("emoji", EmojiPrompts), ("coco", CocoPrompts), ("compbench", None)])
+@pytest.mark.parametrize(
+    "name, kind", [("emoji", EmojiPrompts), ("coco", CocoPrompts), ("compbench", None), ("geneval", None)]
+)
 def test_the_packages_configurations_load(name: str, kind: type | None) -> None:
     config = load_config(name)
     assert kind is None or isinstance(config.prompts, kind)
@@ -382,6 +384,44 @@ def test_t2i_compbench_is_measured_with_models_of_its_classes(setting, tmp_path:
     assert "| MARS | 69.13 | 54.31 | 71.23 | 19.24 | 32.10 | 40.49 |" in Path("out/results.md").read_text()
 
 
+def test_geneval_is_measured_with_models_of_its_classes(setting, tmp_path: Path, monkeypatch) -> None:
+    cat, red = {"class": "cat", "count": 1}, {"color": "red"}
+    rows = [
+        {"tag": "single_object", "include": [cat]},
+        {"tag": "colors", "include": [{**cat, **red}]},
+        {"tag": "counting", "exclude": [{"class": "dog", "count": 1}]},
+        {"tag": "counting", "include": [{"class": "bird", "count": 2}]},  # what the detector does not know
+        {"tag": "counting", "exclude": [{"class": "bird", "count": 3}]},
+    ]
+    lines = [json.dumps({"prompt": f"red apple {i}", **row}) for i, row in enumerate(rows)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    detector = save_segmenter(tmp_path / "detector", cats_only=True)
+    tools = {"detector": str(detector), "clip": setting["metrics"]["best_of"]["clip"]}
+    changes = {
+        "prompts": {"kind": "geneval", "file": "prompts.jsonl"},
+        "metrics": {"geneval": {**tools, "threshold": 0.0}, "clip_score": {"clip": tools["clip"]}},
+        "runs": {"two": {"pictures_per_prompt": 2, "do_sample": True}},
+    }
+    results = run(setting, **changes)
+    scores = {s["group"]: s for s in results["scores"] if s["metric"] == "geneval"}
+    assert list(scores) == ["single_object", "counting", "colors", "mean of groups"]
+    assert scores["single_object"]["value"] == 100
+    assert scores["counting"]["value"] == pytest.approx(200 / 3)
+    assert scores["mean of groups"]["value"] == pytest.approx((500 / 3 + scores["colors"]["value"]) / 3)
+    assert scores["mean of groups"]["interval"] is None and scores["mean of groups"]["prompts"] == 5
+    assert set(results["evaluators"]) == {"clip_score", "geneval_detector", "geneval_clip"}
+    unknown, missing = results["notes"]
+    assert "no word for 1 objects of the prompts, which it never finds: bird" in unknown
+    assert "without the tasks two_object, position, color_attr" in missing
+    assert "| two | single | mean of groups | 5 | - |" in Path("out/results.md").read_text()
+    # What was measured is kept, unless something else is asked.
+    monkeypatch.setattr("mars_hf.evaluation.geneval.Segmenter.detect", None)
+    assert run(setting, **changes)["scores"] == results["scores"]
+    changes["metrics"]["geneval"]["threshold"] = 0.1
+    with pytest.raises(TypeError, match="not callable"):
+        run(setting, **changes)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -394,6 +434,8 @@ def test_t2i_compbench_is_measured_with_models_of_its_classes(setting, tmp_path:
         ),
         ({"metrics": {"frechet": {"inception": "none.pth"}}}, "none.pth does not exist"),
         ({"metrics": {"compbench": {}}}, "T2I-CompBench has color"),
+        ({"metrics": {"geneval": {"detector": "clip"}}}, "clip holds a CLIPModel; GenEval needs a Mask2Former"),
+        ({"metrics": {"geneval": {"detector": "x", "threshold": 1.0}}}, "`threshold` must be 0 or more and below 1"),
     ],
 )
 def test_an_evaluation_that_cannot_be_done_is_refused_before_it_draws(setting, changes: dict, message: str) -> None:

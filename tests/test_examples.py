@@ -1,7 +1,6 @@
 """Examples as their readers run them, on data and models of a few kilobytes."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,17 +21,6 @@ def run(*command: str, cwd: Path = ROOT) -> str:
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
-
-
-def test_the_examples_of_the_readme_run_as_pasted(tmp_path: Path) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert len(blocks) >= 2
-    run(sys.executable, "-m", "mars_hf.cli", "export", "mars-emoji", cwd=tmp_path)  # the folder that they name
-    run(sys.executable, "-c", "\n".join(blocks), cwd=tmp_path)  # one after the other, as in a session
-    for number in range(2):
-        with Image.open(tmp_path / f"picture-{number}.png") as picture:
-            assert picture.size == (64, 64)
 
 
 def write_data(folder: Path, size: int) -> None:

@@ -41,6 +41,15 @@ def recipe(tiny_model, tiny_processor, tmp_path):
     return file
 
 
+@pytest.fixture
+def one_thread():
+    """Sums are the same to the bit in every process; other tests get their threads back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def start(recipe, out):
     code = "import sys, torch; torch.set_num_threads(1); from mars_hf.cli import main; sys.argv[0] = 'mars-hf'; main()"
     command = [sys.executable, "-c", code, "train", str(recipe), "--out", str(out)]
@@ -57,16 +66,13 @@ def wait_for_steps(process, out, count):
         time.sleep(0.005)
 
 
-def test_a_run_that_is_killed_again_and_again_ends_with_the_weights_of_one_that_was_not(recipe, tmp_path):
-    torch.set_num_threads(1)
+def test_a_run_that_is_killed_again_and_again_ends_with_the_weights_of_one_that_was_not(recipe, tmp_path, one_thread):
     whole = train(Recipe.load(recipe), tmp_path / "whole")
     out, rng = tmp_path / "killed", random.Random(0)
     for _ in range(5):
         process = start(recipe, out)
         wait_for_steps(process, out, 3)
-        time.sleep(
-            rng.random() * 0.5
-        )  # some of these fall into the writing of a checkpoint, which is most of the time
+        time.sleep(rng.random() * 0.5)  # some of these fall into the writing of a checkpoint, which takes most time
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert not (out / "final").exists()

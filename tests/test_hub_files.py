@@ -1,6 +1,7 @@
 """The files that travel with the weights: what they may import, how they are exported, and that they work alone."""
 
 import ast
+import configparser
 import json
 import os
 import re
@@ -13,11 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import mars_hf
 from mars_hf import hub
+from mars_hf.configuration_mars import MARS_FORMAT
+from mars_hf.evaluation.provenance import fingerprint
 
 PACKAGE = Path(mars_hf.__file__).parent
 LIBRARIES = {"torch", "transformers", "diffusers", "PIL", "numpy"}
@@ -111,7 +115,7 @@ def test_an_export_holds_the_checkpoint_as_stored_the_code_and_the_maps(tmp_path
     out = hub.export_folder(checkpoint, tmp_path / "out" / "mars-tiny")
     carried = {"config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json"}
     assert {path.name for path in out.iterdir()} == {
-        *carried, *hub.HUB_FILES, "model.safetensors", "chat_template.jinja", "README.md"
+        *carried, *hub.HUB_FILES, "model.safetensors", "chat_template.jinja", "README.md", "requirements.txt"
     }  # fmt: skip
     assert (out / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
     for name in hub.HUB_FILES:
@@ -122,7 +126,11 @@ def test_an_export_holds_the_checkpoint_as_stored_the_code_and_the_maps(tmp_path
         "AutoConfig", "AutoModel", "AutoModelForMultimodalLM", "AutoModelForImageTextToText", "AutoModelForCausalLM",
         "AutoProcessor",
     }  # fmt: skip
-    assert config["custom_pipelines"]["text-to-image"]["impl"] == "pipeline_mars.MarsPipeline"
+    pipelines = {task: info["impl"] for task, info in config["custom_pipelines"].items()}
+    assert pipelines == {
+        "text-to-image": "pipeline_mars.MarsPipeline",
+        "any-to-any": "pipeline_mars.MarsAnyToAnyPipeline",
+    }
     processor = json.loads((out / "processor_config.json").read_text())
     assert processor["auto_map"] == {"AutoProcessor": "processing_mars.MarsProcessor"}
     assert processor["image_processor"]["auto_map"]["AutoImageProcessor"].keys() == {"torchvision", "pil"}
@@ -148,6 +156,76 @@ def test_the_card_of_the_embedded_checkpoint_names_every_maker_and_licence() -> 
     facts = hub.emoji_facts()
     for package in [*hub.STYLES.values(), hub.NAMES]:
         assert f"| {package.license} | {package.holder} | {package.source} |" in facts.training_data
+
+
+def test_the_requirements_of_a_folder_are_those_of_the_package() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(PACKAGE.parents[1] / "setup.cfg")
+    packages = setup["options"]["install_requires"].split()
+    needed = LIBRARIES - {"PIL"} | {"pillow", "safetensors"}
+    assert set(hub.REQUIREMENTS) == {line for line in packages if re.match(r"[a-z_]+", line)[0] in needed}
+
+
+RESULTS = {
+    "prompts": "emoji, test split",
+    "scores": [
+        {"run": run, "pictures": "single", "group": "all", "metric": metric, "value": value, "interval": [0.1, 0.2],
+         "prompts": 7}
+        for run, metric, value in (("plain", "clip_score", 31.25), ("references", "clip_score", 40.0))
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("card", [None, "---\nlicense: mit\n---\n# By hand\n"])
+def test_results_stand_where_the_hub_looks_for_them_and_in_a_table(
+    tmp_path: Path, checkpoint: Path, card: str | None
+) -> None:
+    if card is not None:
+        (checkpoint / "README.md").write_text(card)
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({**RESULTS, "checkpoint_sha256": fingerprint(checkpoint)}))
+    out = hub.export_folder(checkpoint, tmp_path / "mars-tiny", results=results)
+    written = ModelCard.load(out / "README.md")
+    (result,) = written.data.eval_results  # of the model's own pictures, not of the references
+    assert (result.dataset_name, result.metric_type, result.metric_value) == (RESULTS["prompts"], "clip_score", 31.25)
+    assert written.data.license == ("other" if card is None else "mit")
+    assert ("| plain | single | all | 7 | 31.25 [0.10, 0.20] |" in written.text) is (card is None)
+
+
+def test_results_of_another_checkpoint_or_of_nothing_are_refused(tmp_path: Path, checkpoint: Path) -> None:
+    results = tmp_path / "results.json"
+    with pytest.raises(ValueError, match="does not exist"):
+        hub.export_folder(checkpoint, tmp_path / "out", results=results)
+    for content in ("{", "[]", "{}"):
+        results.write_text(content)
+        with pytest.raises(ValueError, match="is no `results.json`"):
+            hub.export_folder(checkpoint, tmp_path / "out", results=results)
+    results.write_text(json.dumps({**RESULTS, "checkpoint_sha256": "0" * 64}))
+    with pytest.raises(ValueError, match="was measured on checkpoint 0000000000000000"):
+        hub.export_folder(checkpoint, tmp_path / "out", results=results)
+    with pytest.raises(ValueError, match="without `weights_dtype`"):
+        hub.export_folder(checkpoint, tmp_path / "out", results=results, weights_dtype="bfloat16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_gallery_holds_what_the_model_draws_and_travels_with_its_card(
+    tmp_path: Path, tiny_model, tiny_processor
+) -> None:
+    facts = hub.CardFacts(prompts=("a red apple", "红苹果", "a ship"))
+    out = hub.export_checkpoint(tiny_model, tiny_processor, tmp_path / "mars-tiny", facts, gallery=2)
+    pipe = mars_hf.MarsPipeline(model=tiny_model, processor=tiny_processor)
+    widget = ModelCard.load(out / "README.md").data.to_dict()["widget"]
+    assert [one["text"] for one in widget] == ["a red apple", "红苹果"]
+    for one in widget:
+        (drawn,) = pipe(one["text"], guidance_scale=facts.guidance_scale, seed=0)
+        with Image.open(out / one["output"]["url"]) as picture:
+            assert np.array_equal(picture, drawn["generated_image"])
+    again = hub.export_folder(out, tmp_path / "again")
+    assert (again / "README.md").read_bytes() == (out / "README.md").read_bytes()
+    assert all((again / one["output"]["url"]).is_file() for one in widget)
+    with pytest.raises(ValueError, match="`gallery` must be 0 to 2, the number of prompts"):
+        hub.export_folder(out, tmp_path / "third", gallery=3)
+    assert not (tmp_path / "third").exists()
 
 
 def test_a_card_of_the_source_is_kept(tmp_path: Path, checkpoint: Path) -> None:
@@ -200,9 +278,35 @@ def test_a_failing_export_leaves_nothing_behind(
 
 # The real thing, in processes of their own
 
-LOAD_WITH_ALL_AUTO_CLASSES = """
-import json, sys
-sys.modules["mars_hf"] = None  # not installed, as far as this process can tell
+# As in an environment that holds four packages and what they need: all else cannot be imported, mars_hf first of all.
+BARE = """
+import sys
+from importlib.metadata import packages_distributions, requires
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+def with_all_it_needs(names):
+    found = set()
+    while names:
+        name = names.pop()
+        found.add(name)
+        for need in map(Requirement, requires(name) or []):
+            if not need.marker or need.marker.evaluate({"extra": ""}):
+                names |= {canonicalize_name(need.name)} - found
+    return found
+
+installed = {module: {canonicalize_name(name) for name in names} for module, names in packages_distributions().items()}
+bare = with_all_it_needs({"transformers", "torch", "diffusers", "pillow"})
+for module in {"mars_hf"} | {module for module, names in installed.items() if not names & bare}:
+    if module not in sys.modules:
+        sys.modules[module] = None
+assert all(sys.modules[name] is None for name in ("mars_hf", "datasets", "pytest", "scipy") if name in installed)
+"""
+
+LOAD_WITH_ALL_AUTO_CLASSES = (
+    BARE
+    + """
+import json
 import numpy, torch, transformers
 from safetensors.torch import save_file
 
@@ -225,10 +329,28 @@ two = pipe(["a red apple", "红苹果"], **json.load(open(out + "/call.json")))
 tensors["one"] = torch.tensor(numpy.stack([picture["generated_image"] for picture in one]))
 tensors["two"] = torch.tensor(numpy.stack([[p["generated_image"] for p in pictures] for pictures in two]))
 classes["pipeline"] = type(pipe).__name__
+
+picture = one[0]["generated_image"]
+chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}]
+pipes = {
+    task: transformers.pipeline(task, model=name, **trusted)
+    for task in ("any-to-any", "image-text-to-text", "text-generation")
+}
+classes["pipelines"] = {task: type(pipe).__name__ for task, pipe in pipes.items()}
+short = {"max_new_tokens": 5, "return_full_text": False}
+answers = {task: pipes[task](text=chat, **short) for task in ("any-to-any", "image-text-to-text")}
+said = [{"role": "user", "content": "What?"}]
+short["do_sample"] = False  # the stock pipeline would sample
+answers |= {"words": pipes["text-generation"]("What?", **short), "chat": pipes["text-generation"](said, **short)}
+answers |= {"own words": pipes["any-to-any"]("What?", **short), "own chat": pipes["any-to-any"](said, **short)}
+classes["answers"] = {name: answer["generated_text"] for name, (answer,) in answers.items()}
+document = pipes["any-to-any"]("ab", generation_mode="interleaved", max_new_tokens=20)[0]["generated_interleaved"]
+classes["document"] = [type(part).__name__ for part in document][0]
 classes["from"] = sorted({m.split(".")[0] for m in sys.modules if m.endswith("_mars")})
 save_file(tensors, out + "/tensors.safetensors")
 print(json.dumps(classes))
 """
+)
 
 
 @pytest.fixture
@@ -272,6 +394,14 @@ def test_an_export_works_alone_with_all_auto_classes_and_the_pipeline(
     classes = json.loads(said.splitlines()[-1])
     models = ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForImageTextToText", "AutoModelForCausalLM")
     assert classes.pop("from") == ["transformers_modules"]
+    assert classes.pop("pipelines") == {
+        "any-to-any": "MarsAnyToAnyPipeline",
+        "image-text-to-text": "ImageTextToTextPipeline",
+        "text-generation": "TextGenerationPipeline",
+    }
+    answers = classes.pop("answers")
+    assert answers["any-to-any"] == answers["image-text-to-text"] and classes.pop("document") == "str"
+    assert answers["own words"] == answers["words"] and answers["own chat"] == answers["chat"]
     assert classes == {
         **dict.fromkeys(models, "MarsForConditionalGeneration"),
         "AutoConfig": "MarsConfig",
@@ -293,13 +423,40 @@ def test_an_export_works_alone_with_all_auto_classes_and_the_pipeline(
 
 
 @pytest.mark.integration
-def test_the_example_of_the_card_runs_as_pasted(tmp_path: Path, exported: Path) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (exported / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    code = f"import sys, os\nsys.modules['mars_hf'] = None\nos.chdir({str(tmp_path)!r})\n{example}"
-    run_python(code, HF_HOME=str(tmp_path / "home"))
+def test_every_block_of_the_card_runs_as_pasted(tmp_path: Path, exported: Path) -> None:
+    blocks = re.findall(r"```(\w*)\n(.*?)```", (exported / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert [language for language, _ in blocks] == ["bash", "python", "python", "python"]
+    # All that it installs is here already, so that pip, which may look nowhere, has nothing to do.
+    offline = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PIP_NO_INDEX": "1"}
+    installed = subprocess.run(["bash", "-ec", blocks[0][1]], capture_output=True, text=True, env={**SITE, **offline})
+    assert installed.returncode == 0 and "Successfully installed" not in installed.stdout, installed.stderr
+    code = f"{BARE}\nimport os\nos.chdir({str(tmp_path)!r})\n" + "\n".join(code for _, code in blocks[1:])
+    said = run_python(code, HF_HOME=str(tmp_path / "home"), HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert said.splitlines()[-1] == "iVBORw0KGgoAAAANSUhE"  # how PNG files begin
     for number in range(2):
         with Image.open(tmp_path / f"picture-{number}.png") as picture:
             assert picture.size == (json.loads((exported / "config.json").read_text())["default_image_size"],) * 2
+
+
+@pytest.mark.integration
+def test_weights_that_the_code_of_a_folder_does_not_know_are_refused(tmp_path: Path, exported: Path) -> None:
+    config = json.loads((exported / "config.json").read_text())
+    assert config["mars_format"] == MARS_FORMAT
+    (exported / "config.json").write_text(json.dumps({**config, "mars_format": MARS_FORMAT + 1}))
+    code = """
+import sys
+sys.modules["mars_hf"] = None
+from transformers import AutoConfig, AutoModel, pipeline
+
+for load in (AutoConfig.from_pretrained, AutoModel.from_pretrained, lambda *a, **k: pipeline("any-to-any", *a, **k)):
+    try:
+        load(sys.argv[1], trust_remote_code=True)
+    except ValueError as error:
+        assert "code and weights do not match" in str(error), error
+    else:
+        raise AssertionError("It was loaded.")
+"""
+    run_python(code, str(exported), HF_MODULES_CACHE=str(tmp_path / "modules"))
 
 
 @pytest.mark.integration

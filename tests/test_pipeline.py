@@ -94,6 +94,7 @@ def test_a_negative_prompt_changes_the_picture(pipe, tiny_model, call) -> None:
         ((), {}, ValueError, "got an empty list"),
         (7, {}, ValueError, "must be a string, got int: 7"),
         (["a", None], {}, ValueError, "must be a string, got NoneType"),
+        ("a", {"num_images_per_prompt": 2, "generate_kwargs": {"num_return_sequences": 2}}, ValueError, "twice"),
         ("a", {"num_images_per_prompt": 0}, ValueError, "`num_images_per_prompt` must be 1 or more, got 0"),
         ("a", {"top_k": 3, "generate_kwargs": {"top_k": 4}}, ValueError, "`top_k` is given twice"),
         ("a", {"seed": 1, "generator": torch.Generator()}, ValueError, "`seed` and `generator` are both given"),

@@ -18,7 +18,8 @@ from transformers import Qwen2Config, Qwen2Tokenizer
 
 from mars_hf.configuration_mars import SPECIAL_TOKENS, MarsConfig
 from mars_hf.image_processing_mars import MarsImageProcessorPil, decode_codes, encode_pixels
-from mars_hf.processing_mars import MarsProcessor, null_prompt_ids, prompt_ids, text_ids
+from mars_hf.processing_mars import MarsProcessor
+from mars_hf.prompts_mars import null_prompt_ids, prompt_ids, text_ids
 
 TYPED_SPECIALS = [*SPECIAL_TOKENS, "<code_5>", "<unused_319>", "<pad_1>", "<|im_end|>", "<|endoftext|>"]
 IMG, END_IMG, NULL, IMGPAD = 352, 353, 356, 357  # 320 text ids, then 32 codes, then the six specials
@@ -350,7 +351,24 @@ def test_a_conversation_can_be_continued(processor):
     assert row[-len(said) :] == said
 
 
+def test_a_conversation_may_ask_for_an_answer_with_pictures(processor):
+    sizes = {"height": 4, "width": 6, "negative_prompt": "b"}
+    options = {"generation_mode": "interleaved", "codes_per_step": 2, **sizes}
+    inputs = processor.apply_chat_template(CHAT, tokenize=True, return_dict=True, processor_kwargs=options)
+    read = processor.apply_chat_template(CHAT, tokenize=True, processor_kwargs={"codes_per_step": 2})
+    assert torch.equal(inputs["input_ids"], read) and (read == IMG).sum() == 2
+    assert inputs["image_sizes"].tolist() == [[[4, 4], [4, 6]]]  # of the picture that is read, and of those to come
+    negative = [prompt_ids(processor.tokenizer, "b", 4, width) for width in (4, 6)]
+    assert inputs["negative_input_ids"].tolist() == [negative]
+    larger = processor.apply_chat_template(CHAT, tokenize=True, processor_kwargs={"height": 4, "width": 8})
+    assert (larger == IMGPAD).sum() == 8
+
+
 def test_what_a_conversation_cannot_hold_is_refused(processor):
+    with pytest.raises(ValueError, match="of a chat is 'interleaved' or left out, got 'image'"):
+        processor.apply_chat_template(CHAT, tokenize=True, processor_kwargs={"generation_mode": "image"})
+    with pytest.raises(ValueError, match="A document needs the sizes"):
+        processor.apply_chat_template(CHAT, tokenize=True, processor_kwargs={"generation_mode": "interleaved"})
     with pytest.raises(Exception, match="got <img>"):
         processor.apply_chat_template([{"role": "<img>", "content": ""}], tokenize=True)
     with pytest.raises(ValueError, match=r"places for 1 picture\(s\), but 0 came"):

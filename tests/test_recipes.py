@@ -1,16 +1,18 @@
 """Recipes: what is refused before anything is loaded, and a run from a file to a finished model."""
 
 import copy
+import json
 
 import pytest
 import torch
 import yaml
 from datasets import Dataset
+from PIL import Image
 
 from mars_hf import MarsForConditionalGeneration, MarsProcessor
 from mars_hf.modeling_mars import is_visual_parameter
 from mars_hf.training.recipe import RECIPES, STAGES, Recipe
-from mars_hf.training.run import train
+from mars_hf.training.run import make_trainer, train
 
 GOOD = {
     "stage": "alignment",
@@ -89,7 +91,11 @@ def folder(tiny_model, tiny_processor, tmp_path):
     rng = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 40, (6, 16), generator=rng).tolist()
     pairs = {"image_codes": codes, "height": [16] * 6, "width": [16] * 6, "caption_en": list("abcdef")}
+    pairs["lowres_codes"] = [row[:4] for row in codes]
     Dataset.from_dict(pairs).to_parquet(tmp_path / "pairs.parquet")
+    picture = {"text": None, "image_codes": codes[0], "height": 16, "width": 16}
+    text = {"text": "a\n", "image_codes": None, "height": None, "width": None}
+    Dataset.from_list([{"segments": [text, picture, text]}] * 4).to_parquet(tmp_path / "stories.parquet")
     return tmp_path
 
 
@@ -100,12 +106,58 @@ def recipe_in(folder, **changes):
     return Recipe.load(written(folder, {**recipe, **changes}))
 
 
-def test_a_run_trains_the_visual_part_and_leaves_a_complete_model(folder):
-    final = train(recipe_in(folder), folder / "run")
+ENLARGE = {"super_resolution_factor": 2, "code_order": "block2x2", "cell_embedding": True, "max_grid_size": 8}
+STAGE_CHANGES = {
+    "alignment": {},
+    "refinement": {"codes_per_step": [1]},
+    "super-resolution": {"model": {"config": {**ENLARGE, "codes_per_step": [4, 1]}}, "codes_per_step": [4, 1]},
+    "documents": {"packing": 64},
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_stage_trains_the_visual_part_and_leaves_a_complete_model(folder, stage):
+    changes = copy.deepcopy(STAGE_CHANGES[stage])
+    task = {"super-resolution": "super-resolution", "documents": "documents"}.get(stage, "text-to-image")
+    data = [{"source": str(folder / ("stories" if task == "documents" else "pairs")) + ".parquet", "task": task}]
+    model = {"base": str(folder / "base"), **changes.pop("model", {})}
+    training, optimizer = {**GOOD["training"], "max_steps": 6, "logging_steps": 1}, {"learning_rate": 1e-2}
+    recipe = {"stage": stage, "model": model, "data": data, "training": training, "optimizer": optimizer, **changes}
+    final = train(Recipe.load(written(folder, recipe)), folder / "run")
     model, before = (MarsForConditionalGeneration.from_pretrained(at) for at in (final, folder / "base"))
-    MarsProcessor.from_pretrained(final)
-    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before.get_parameter(n))}
+    processor = MarsProcessor.from_pretrained(final)
+    old = dict(before.named_parameters())
+    moved = {n for n, p in model.named_parameters() if n not in old or not torch.equal(p, old[n])}
     assert moved and all(is_visual_parameter(name) for name in moved)
+    assert processor.code_order == model.config.code_order
+    assert processor.super_resolution_factor == model.config.super_resolution_factor
+    assert model.config.trained_codes_per_step == ([4, 1] if stage == "super-resolution" else [1])
+    log = json.loads((folder / "run" / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_other_weights_than_the_base_has_are_refused(folder):
+    recipe = recipe_in(folder, model={"base": str(folder / "base"), "config": {"expert_output_projection": True}})
+    with pytest.raises(ValueError, match="asks for other weights than `model.base` has: .*visual_o_proj"):
+        train(recipe, folder / "run")
+
+
+def test_a_run_that_is_looked_at_is_the_same_run_with_losses_and_pictures(folder):
+    plain = train(recipe_in(folder), folder / "plain")
+    training = {**GOOD["training"], "eval_strategy": "steps", "eval_steps": 2}
+    looks = {"split": "test", "num_batches": 2, "prompts": ["a", "b"], "width": 32, "height": 16}
+    watched = train(recipe_in(folder, training=training, evaluation=looks), folder / "watched")
+    mine, theirs = (MarsForConditionalGeneration.from_pretrained(at).state_dict() for at in (plain, watched))
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    sheets = sorted((folder / "watched" / "samples").iterdir())
+    assert [path.name for path in sheets] == ["step-000002.png", "step-000004.png"]
+    with Image.open(sheets[0]) as sheet:
+        assert sheet.width > 2 * 192
+    state = json.loads((folder / "watched" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [2, 4]
+    with pytest.raises(ValueError, match="`training.eval_strategy` says how often"):
+        recipe_in(folder, evaluation=looks)
 
 
 def test_a_run_is_not_continued_by_another_recipe_unless_allowed(folder):
@@ -120,3 +172,22 @@ def test_records_that_do_not_fit_are_refused_before_the_first_step(folder):
     Dataset.from_dict(bad).to_parquet(folder / "pairs.parquet")
     with pytest.raises(ValueError, match="broken"):
         train(recipe_in(folder), folder / "run")
+
+
+def test_an_epoch_shows_every_pair_once_however_many_tasks_it_has(folder):
+    training = {"num_train_epochs": 2, "per_device_train_batch_size": 2}
+    source = {"source": str(folder / "pairs.parquet")}
+    data = [{**source, "task": "text-to-image"}, {**source, "task": "captioning"}]
+    trainer, _ = make_trainer(recipe_in(folder, training=training, data=data), folder / "run")
+    assert trainer.args.max_steps == 6 and len(trainer.train_dataset) == 12
+
+
+def test_records_can_be_read_on_the_way(folder):
+    source = {"source": str(folder / "pairs.parquet"), "task": "text-to-image", "streaming": True}
+    final = train(recipe_in(folder, data=[source], packing=64), folder / "run")
+    MarsForConditionalGeneration.from_pretrained(final)
+    with pytest.raises(ValueError, match="set `training.max_steps`"):
+        training = {"num_train_epochs": 1, "per_device_train_batch_size": 2}
+        make_trainer(recipe_in(folder, data=[source], training=training), folder / "epochs")
+    with pytest.raises(ValueError, match="as a stream, whose records cannot be balanced"):
+        recipe_in(folder, data=[{**source, "balance": 0.5}])

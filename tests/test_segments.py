@@ -11,7 +11,7 @@ from PIL import Image
 from mars_hf import MarsProcessor
 from mars_hf.code_order_mars import PictureSpan, PictureTokens, emission_order, sizes_by_row, to_emission_order
 from mars_hf.image_processing_mars import decode_codes, encode_pixels
-from mars_hf.processing_mars import null_prompt_ids, prompt_ids, text_ids
+from mars_hf.prompts_mars import null_prompt_ids, prompt_ids, text_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:In .* steps")  # tiny grids
 

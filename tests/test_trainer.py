@@ -5,13 +5,14 @@ import random
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainingArguments
 
 from mars_hf.modeling_mars import is_visual_parameter
 from mars_hf.training.collation import AlignedCollator, PackedCollator, ShiftedRow, pack_rows
-from mars_hf.training.mixture import MixtureDataset, PackedDataset, Source
+from mars_hf.training.mixture import MixtureDataset, MixtureStream, PackedDataset, PackedStream, Source
 from mars_hf.training.muon import muon_with_adamw
 from mars_hf.training.trainer import MarsTrainer
 
@@ -107,18 +108,25 @@ def assert_equal_gradients(mine, plain, tolerance=1e-9):
 
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("with_cells", [False, True])
-@pytest.mark.parametrize("task", ["text-to-image", "captioning", "documents"])
+@pytest.mark.parametrize("task", ["text-to-image", "captioning", "super-resolution", "documents"])
 def test_the_loss_and_its_gradients_are_those_of_whole_rows(make_tiny, tiny_processor, tmp_path, k, with_cells, task):
     cells = {"cell_embedding": True, "max_grid_size": 8} if with_cells else {}
-    model = make_tiny(codes_per_step=[1, 3], **cells).double()
+    factor = 2 if task == "super-resolution" else None
+    model = make_tiny(codes_per_step=[1, 3], super_resolution_factor=factor, **cells).double()
+    tiny_processor.super_resolution_factor = factor
     if with_cells:
         for table in model.model.visual_cell_embedding.parameters():
             torch.nn.init.normal_(table)
-    (source,) = [source for source in sources() if source.task == task]
+    enlarged = [{**record, "lowres_codes": record["image_codes"][:2]} for record in records(height=16)]
+    every = [*sources(), Source("super-resolution", 0.25, enlarged, caption, code_noise=0.5)]
+    (source,) = [source for source in every if source.task == task]
     data = MixtureDataset(tiny_processor, [source], batch_size=3, num_batches=1, codes_per_step=[k])
     rows = [data[index] for index in range(3)]
     trainer = trainer_of(model, data, tmp_path)
-    loss = trainer.compute_loss(model, trainer.data_collator(rows))
+    batch = trainer.data_collator(rows)
+    enlarged_codes = 8 if k == 1 else 0  # 3 does not divide them: a last block is fed whole
+    assert batch["num_drawn"] == {"text-to-image": 6, "super-resolution": enlarged_codes}.get(task, 0)
+    loss = trainer.compute_loss(model, batch)
     loss.backward()
     mine = gradients(model)
     model.zero_grad()
@@ -342,7 +350,7 @@ def test_noise_replaces_fed_codes_and_no_label(tiny_processor):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task": "drawing"}, "text-to-image, captioning, documents.*'drawing'"),
+        ({"task": "drawing"}, "text-to-image, captioning, super-resolution, documents.*'drawing'"),
         ({"share": 0}, "share of 'captioning'.*above 0"),
         ({"records": []}, "no records"),
         ({"code_noise": 1.5}, "`code_noise`.*between 0 and 1, got 1.5"),
@@ -351,3 +359,71 @@ def test_noise_replaces_fed_codes_and_no_label(tiny_processor):
 def test_impossible_sources_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         Source(**{"task": "captioning", "share": 1.0, "records": records(), "write_caption": caption, **change})
+
+
+def test_lora_on_the_visual_experts_trains_alone_and_leaves_text_as_it_is(make_tiny, tiny_processor, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    model = make_tiny()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    words = torch.tensor([[1, 2, 3, 4]])
+    said = model(words).logits
+    targets = r".*visual_(q_proj|k_proj|v_proj|mlp\.(gate|up|down)_proj)"
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=targets))
+    trainer = trainer_of(adapted, mixture(tiny_processor), tmp_path, changes={"learning_rate": 1e-2})
+    trainer.train()
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert trained and all("lora_" in name and "visual_" in name for name in trained)
+    assert any(bool(p.abs().sum() > 0) for name, p in adapted.named_parameters() if "lora_B" in name)
+    kept = {name.replace("base_layer.", ""): value for name, value in adapted.get_base_model().state_dict().items()}
+    assert all(torch.equal(kept[name], value) for name, value in before.items())
+    text = adapted.get_base_model()(words).logits
+    offset = model.config.image_token_offset
+    assert torch.equal(text[..., :offset], said[..., :offset])
+    trainer.save_model(tmp_path / "adapter")
+    fresh = make_tiny()
+    fresh.load_state_dict(before)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter")
+    ids = torch.tensor([mixture(tiny_processor)[0]["input_ids"]])
+    assert torch.equal(loaded(ids).logits, adapted.eval()(ids).logits)
+
+
+def as_stream(rows):
+    return Dataset.from_list(rows).to_iterable_dataset(num_shards=2)
+
+
+def test_a_stream_trains_as_it_is_read_and_goes_on_where_it_stopped(make_tiny, tiny_processor, tmp_path):
+    streams = [
+        Source("text-to-image", 0.5, as_stream(records()), caption, code_noise=0.5),
+        Source("captioning", 0.5, records(height=8), caption),
+    ]
+    data = MixtureStream(tiny_processor, streams, 2, 6, buffer_size=3)
+    rows = list(data)
+    assert len(rows) == 12 and rows == list(data)
+    of_stream = [row["labels"] for row in rows if row["task"] == "text-to-image"]
+    assert len({tuple(labels) for labels in of_stream[:8]}) == min(8, len(of_stream))  # each record once in a pass
+
+    whole, torn = make_tiny(), make_tiny()
+    torn.load_state_dict(whole.state_dict())
+    trainer_of(whole, data, tmp_path / "whole").train()
+    trainer_of(torn, data, tmp_path / "torn", callbacks=[StopAfter(3)]).train()
+    again = make_tiny()
+    trainer_of(again, data, tmp_path / "torn").train(resume_from_checkpoint=True)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_a_packed_stream_holds_the_rows_of_the_stream(make_tiny, tiny_processor):
+    source = Source("text-to-image", 1.0, as_stream(records()), caption)
+    data = MixtureStream(tiny_processor, [source], 2, 5)
+    packs = list(PackedStream(data, make_tiny().config, max_length=64, window=4))
+    packed = sorted(tuple(row["input_ids"]) for pack in packs for row in pack)
+    assert packed == sorted(tuple(row["input_ids"]) for row in data) and len(packs) < 10
+
+
+def test_a_stream_is_not_weighed_and_not_read_by_two_workers(tiny_processor):
+    with pytest.raises(ValueError, match="cannot be weighed"):
+        Source("captioning", 1.0, as_stream(records()), caption, weights=torch.ones(8))
+    data = MixtureStream(tiny_processor, [Source("captioning", 1.0, as_stream(records()), caption)], 2, 2)
+    loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=2)
+    with pytest.raises(ValueError, match="read by one worker, got 2"):
+        list(loader)

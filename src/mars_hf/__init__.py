@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .generation_mars import MarsGenerationMixin
     from .image_processing_mars import MarsImageProcessor, MarsImageProcessorPil
     from .modeling_mars import MarsForConditionalGeneration, MarsModel
-    from .pipeline_mars import MarsPipeline
+    from .pipeline_mars import MarsAnyToAnyPipeline, MarsPipeline
     from .processing_mars import MarsProcessor
     from .streaming_mars import ImageIteratorStreamer, ImageStreamer
 
@@ -30,6 +30,7 @@ _HOME_OF = {
     "MarsImageProcessor": "image_processing_mars",
     "MarsImageProcessorPil": "image_processing_mars",
     "MarsProcessor": "processing_mars",
+    "MarsAnyToAnyPipeline": "pipeline_mars",
     "MarsPipeline": "pipeline_mars",
     "ImageStreamer": "streaming_mars",
     "ImageIteratorStreamer": "streaming_mars",
@@ -39,6 +40,7 @@ __all__ = [
     "DEFAULT_CHECKPOINT",
     "ImageIteratorStreamer",
     "ImageStreamer",
+    "MarsAnyToAnyPipeline",
     "MarsConfig",
     "MarsForConditionalGeneration",
     "MarsGenerationMixin",

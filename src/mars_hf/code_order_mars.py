@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .configuration_mars import MarsConfig
+
 CODE_ORDERS = ("raster", "region", "block2x2")
 # Above this share of steps with touching codes, a region order has lost its point.
 _TOUCHING_SHARE = 0.1
@@ -254,6 +256,52 @@ def look_up_cells(table: torch.Tensor, picture: torch.Tensor, place: torch.Tenso
     return cells.masked_fill((place < 0)[..., None], -1)
 
 
+def find_cells(
+    config: MarsConfig,
+    input_ids: torch.Tensor,
+    layout: PictureLayout,
+    image_sizes: Sequence[Sequence[tuple[int, int]]],
+    codes_per_step: int,
+) -> torch.LongTensor:
+    """
+    Give the cells `(batch, seq, 4)` of all tokens of whole rows: of pictures, and of what super-resolution starts
+    from, whose codes hold the upper left one of the cells that come of each.
+
+    Args:
+        config ([`MarsConfig`]): Of the model.
+        input_ids (`torch.LongTensor` of shape `(batch, seq)`): Rows in emission order.
+        layout ([`PictureLayout`]): Of these rows.
+        image_sizes (`list[list[tuple[int, int]]]`): Heights and widths in pixels of the pictures of each row.
+        codes_per_step (`int`): The paper's K, one for all.
+    """
+    factor = config.downsample_factor
+    grids = [[(height // factor, width // factor) for height, width in row] or [(1, 1)] for row in image_sizes]
+    table = cell_table(grids, codes_per_step, config.code_order).to(input_ids.device)
+    cells = look_up_cells(table, layout.picture, layout.place)
+    if config.super_resolution_factor is None:
+        return cells  # type: ignore[return-value]
+    scale, longest = config.super_resolution_factor, max(map(len, grids))
+    padded = [row + row[-1:] * (longest - len(row)) for row in grids]
+    widths = torch.tensor([[width // scale for _, width in row] for row in padded], device=input_ids.device)
+    ends = (config.lowres_start_token_id, config.lowres_end_token_id)
+    number, place = _lowres_places(input_ids, *ends, config.image_start_token_id)
+    width = widths.clamp_min(1).gather(1, number.clamp_max(longest - 1))
+    held = torch.stack([place // width * scale, place % width * scale], dim=-1)
+    held = torch.cat([held, torch.full_like(held, -1)], dim=-1)
+    return torch.where((place >= 0)[..., None], held, cells)  # type: ignore[return-value]
+
+
+def _lowres_places(input_ids: torch.Tensor, start: int, end: int, image_start: int) -> tuple[torch.Tensor, ...]:
+    """Number of the picture that comes next, and place of each token between `<lowres>` and `</lowres>`, else -1."""
+    index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    opened = torch.where(input_ids == start, index, -1).cummax(1).values
+    closed = torch.where(input_ids == end, index, -1).cummax(1).values
+    is_start = input_ids == image_start
+    begins = is_start & ~torch.nn.functional.pad(is_start[:, :-1], (1, 0))
+    is_inside = (opened > closed) & (index > opened)
+    return begins.long().cumsum(1), torch.where(is_inside, index - opened - 1, -1)
+
+
 def sizes_by_row(image_sizes: Any) -> list[list[tuple[int, int]]]:
     """
     Read sizes of pictures, row by row.
@@ -410,6 +458,7 @@ __all__ = [
     "cell_table",
     "check_code_order",
     "emission_order",
+    "find_cells",
     "look_up_cells",
     "sizes_by_row",
     "to_emission_order",

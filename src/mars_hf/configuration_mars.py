@@ -26,6 +26,10 @@ SUPPORTED_TEXT_MODELS = ("qwen2", "qwen3")
 # the unconditional row of guidance, and `<imgpad>` is where a processor leaves room for codes.
 SPECIAL_TOKENS = ("<img>", "</img>", "<lowres>", "</lowres>", "<null>", "<imgpad>")
 
+# Version of a checkpoint's layout: names and shapes of tensors, what ids mean, how prompts are written. It grows when
+# code of before would misread what code of now writes.
+MARS_FORMAT = 1
+
 # What the library itself hands to a configuration beside its fields.
 LIBRARY_KEYS = frozenset(
     "auto_map custom_pipelines quantization_config attn_implementation experts_implementation output_attentions "
@@ -71,10 +75,17 @@ class MarsConfig(PreTrainedConfig):
             Needed for an order other than raster, where positions alone do not tell the cell.
         max_grid_size (`int`, defaults to 64):
             Largest number of rows or columns of codes that the cell embeddings know.
+        super_resolution_factor (`int`, *optional*):
+            A model of super-resolution (Stage III): its prompts end in the codes of a picture so many times smaller
+            on each side than the one that is drawn. None draws from text alone.
+        base_checkpoint (`dict[str, str]`, *optional*):
+            `{"path", "sha256"}` of the checkpoint against which this one is stored; see `weights_mars.py`.
+        mars_format (`int`, defaults to 1):
+            Version of the checkpoint's layout. Code refuses a version that it does not know.
 
     Raises:
-        ValueError: If a value is impossible, two sizes contradict each other, the text model is not supported, or an
-            unknown key looks like a misspelt one.
+        ValueError: If a value is impossible, two sizes contradict each other, the text model is not supported, an
+            unknown key looks like a misspelt one, or the checkpoint is of another model or a later layout.
 
     Example:
         >>> config = MarsConfig()  # Qwen-7B's numbers
@@ -110,9 +121,22 @@ class MarsConfig(PreTrainedConfig):
     code_order: Literal["raster", "region", "block2x2"] = "raster"
     cell_embedding: bool = False
     max_grid_size: int = 64
+    super_resolution_factor: int | None = None
+    base_checkpoint: dict[str, str] | None = None
+    mars_format: int = MARS_FORMAT
     tie_word_embeddings: bool | None = None
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        if (family := config_dict.get("model_type", cls.model_type)) != cls.model_type:
+            raise ValueError(
+                f"This checkpoint is of type '{family}', but a MARS is of type '{cls.model_type}'. Name a folder or "
+                "repository that holds a MARS, or make one of this language model with `mars-hf convert`."
+            )
+        return super().from_dict({"mars_format": 1, **config_dict}, **kwargs)  # the first layout was not numbered
+
     def __post_init__(self, **kwargs: Any):
+        self._refuse_other_formats()
         self._refuse_misspelt(kwargs)
         self._refuse_other_text_models()
         super().__post_init__(**kwargs)
@@ -130,6 +154,13 @@ class MarsConfig(PreTrainedConfig):
             # The library ties by the top-level switch; the text model decides.
             self.tie_word_embeddings = self.text_config.tie_word_embeddings
         self._refuse_impossible()
+
+    def _refuse_other_formats(self) -> None:
+        if not 1 <= self.mars_format <= MARS_FORMAT:
+            raise ValueError(
+                f"`mars_format` of this checkpoint is {self.mars_format}, but this code reads 1 to {MARS_FORMAT}: "
+                "code and weights do not match. Update mars_hf, or in a Hub folder take all files of one revision."
+            )
 
     def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
         known = [name for name in self.__dataclass_fields__ if not name.startswith("_")]
@@ -178,6 +209,14 @@ class MarsConfig(PreTrainedConfig):
                 raise ValueError(f"`{field}` must be 1 or more, got {getattr(self, field)}.")
         if not self.trained_codes_per_step or min(self.trained_codes_per_step) < 1:
             raise ValueError(f"`codes_per_step` must be 1 or more, or a list of such, got {self.codes_per_step}.")
+        factor = self.super_resolution_factor
+        if factor is not None and factor < 2:
+            raise ValueError(f"`super_resolution_factor` must be 2 or more, or None, got {factor}.")
+        if factor is not None and self.default_image_size % (factor * self.downsample_factor):
+            raise ValueError(
+                f"`default_image_size` must be a multiple of `downsample_factor` times `super_resolution_factor` "
+                f"({self.downsample_factor} x {factor}), got {self.default_image_size}."
+            )
         if self.code_order != "raster" and not self.cell_embedding:
             raise ValueError(
                 f"`code_order` is {self.code_order!r}, but `cell_embedding` is False: outside raster order a token "
@@ -275,4 +314,4 @@ class MarsConfig(PreTrainedConfig):
         return self._special_token_id("<imgpad>")
 
 
-__all__ = ["MarsConfig", "SPECIAL_TOKENS"]
+__all__ = ["MARS_FORMAT", "MarsConfig", "SPECIAL_TOKENS"]

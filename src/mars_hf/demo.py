@@ -20,15 +20,13 @@ import gradio as gr
 from PIL import Image
 
 from .documents import as_paragraphs
+from .handler import MAX_PICTURE_BYTES, MAX_PICTURE_PIXELS, PICTURE_FORMATS, open_picture
 from .picture_files import png_bytes
 from .streaming_mars import ImageIteratorStreamer, Preview
 from .studio import MAX_PROMPT_LENGTH, Studio, check_prompt, check_seed
 
 MAX_PICTURES = 4
 MAX_SIZE_FACTOR = 2  # of the model's own size
-MAX_UPLOAD_BYTES = 10 * 2**20
-MAX_UPLOAD_PIXELS = 16_000_000
-UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 UPLOADS_KEPT = (600, 600)  # seconds between two looks at old uploads, and their age then
 MODEL_QUEUE = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
 
@@ -167,20 +165,15 @@ def open_upload(file: str | None) -> Image.Image:
         file (`str`, *optional*): Where the server has put it.
 
     Raises:
-        ValueError: If there is none, it is no picture of a usual format, or has too many pixels.
+        ValueError: If there is none, it is no picture of a usual format, has too many pixels or is too thin.
     """
     if file is None:
         raise ValueError("There is no picture yet: choose one first.")
     try:
-        picture = Image.open(file, formats=UPLOAD_FORMATS)
+        picture = Image.open(file, formats=PICTURE_FORMATS)
     except Exception:  # decoders raise whatever they like
-        raise ValueError(f"This is no picture in {', '.join(UPLOAD_FORMATS)}, or it is far too large.") from None
-    if picture.width * picture.height > MAX_UPLOAD_PIXELS:
-        raise ValueError(
-            f"A picture must have at most {MAX_UPLOAD_PIXELS:,} pixels, got {picture.width} x {picture.height}: make "
-            "it smaller first."
-        )
-    return picture
+        raise ValueError(f"This is no picture in {', '.join(PICTURE_FORMATS)}, or it is far too large.") from None
+    return open_picture("picture", picture)
 
 
 def _figures(pictures: Sequence[Image.Image], facts: Sequence[dict[str, Any]]) -> str:
@@ -256,7 +249,7 @@ def _drawing_tab(desk: Desk) -> None:
 def _caption_tab(desk: Desk) -> None:
     with gr.Row():
         with gr.Column(min_width=300):
-            limits = f"at most {MAX_UPLOAD_BYTES // 2**20} MB and {MAX_UPLOAD_PIXELS // 10**6} megapixels"
+            limits = f"at most {MAX_PICTURE_BYTES // 2**20} MB and {MAX_PICTURE_PIXELS // 2**20} megapixels"
             upload = gr.File(label=f"A picture, {limits}", file_types=["image"], elem_id="upload")
             start = gr.Button("Caption", variant="primary")
         with gr.Column(min_width=300):
@@ -307,7 +300,7 @@ def serve(studio: Studio, host: str = "127.0.0.1", port: int = 7860, queue_size:
         server_port=port,
         share=False,
         ssr_mode=False,
-        max_file_size=MAX_UPLOAD_BYTES,
+        max_file_size=MAX_PICTURE_BYTES,
         footer_links=[],
         theme=gr.themes.Soft(**fonts),
         css=CSS,

@@ -66,9 +66,11 @@ class Faults:
         self.step = torch.full_like(input_ids[:, 0], -1)
         self.present = 0  # number of the step that is being made
 
-    def look(self, scores: torch.Tensor) -> None:
-        """Look at scores `(batch, ...)` of the present step."""
+    def look(self, scores: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+        """Look at scores `(batch, ...)` of the present step, or at those of some rows `(num,)`."""
         is_bad = scores.flatten(1).isnan().any(1)
+        if rows is not None:
+            is_bad = torch.zeros_like(self.step, dtype=torch.bool).index_copy_(0, rows, is_bad)
         self.step = torch.where(is_bad & (self.step < 0), self.present, self.step)
 
     def refuse(self) -> None:
@@ -263,9 +265,7 @@ def chances_of(scores: torch.Tensor) -> torch.Tensor:
 
     Scores that are all -inf, or some +inf, stand for equal chances of all that have the highest score.
     """
-    highest = scores.amax(-1, keepdim=True)
-    equal = torch.zeros_like(scores).masked_fill(scores < highest, -torch.inf)  # all zeros where there are NaNs
-    return torch.where(highest.isfinite(), scores, equal).softmax(-1)
+    return scores.nan_to_num(nan=torch.finfo(scores.dtype).min).softmax(-1)  # infinities become largest numbers
 
 
 def draw_from(chances: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
@@ -347,6 +347,11 @@ class Document:
         return self.in_picture & (self.drawn < self.size)
 
     @property
+    def writes(self) -> torch.Tensor:
+        """Rows `(batch,)` that go on with a word or begin a picture."""
+        return ~self.in_picture & ~self.done
+
+    @property
     def may_begin(self) -> torch.Tensor:
         """Rows `(batch,)` that have room left for a whole picture."""
         return self.length + self.k + self.size + 1 <= self.limit
@@ -360,7 +365,7 @@ class Document:
             codes (`torch.LongTensor` of shape `(batch, K)`): Ids that rows in a picture go on with.
         """
         config, slots = self.config, torch.arange(self.k, device=token.device)
-        draws, writes = self.draws, ~self.in_picture & ~self.done
+        draws, writes = self.draws, self.writes
         closes = self.in_picture & ~draws  # all codes are fed: what follows is `</img>`
         self.begins = writes & (token == config.image_start_token_id)
         one = torch.ones_like(self.length)

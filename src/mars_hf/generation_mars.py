@@ -199,7 +199,7 @@ class MarsGenerationMixin(GenerationMixin):
             raise ValueError(f"`generation_mode` must be one of {', '.join(GENERATION_MODES)}, got {mode!r}.")
         input_ids = kwargs.pop("input_ids", inputs) if inputs is None else inputs
         if input_ids is not None:
-            input_ids = self._prompt_with_codes(input_ids, kwargs.pop("pixel_values", None))
+            input_ids = self._prompt_with_codes(input_ids, kwargs)
         if mode == "image":
             given = {**(vars(generation_config) if generation_config else {}), **kwargs}
             defaults = getattr(self.generation_config, "image_defaults", None) or {}
@@ -211,11 +211,15 @@ class MarsGenerationMixin(GenerationMixin):
             kwargs = self._prepare_writing(input_ids, kwargs)
         return super().generate(input_ids, generation_config, generation_mode=mode, **kwargs)
 
-    def _prompt_with_codes(self, input_ids: torch.Tensor, pixel_values: Any) -> torch.Tensor:
+    def _prompt_with_codes(self, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Check the prompt's ids and put the codes of its pictures in: once and first, so that they are returned."""
         self._check_ids(input_ids)
+        pixel_values, negative = kwargs.pop("pixel_values", None), kwargs.get("negative_input_ids")
         if pixel_values is not None:
-            return self.fill_image_codes(input_ids, pixel_values)
+            grids = self.encode_image(pixel_values)
+            if negative is not None and bool((negative == self.config.image_pad_token_id).any()):
+                kwargs["negative_input_ids"] = self.place_codes(negative, grids)  # of super-resolution
+            return self.place_codes(input_ids, grids)
         if places := int((input_ids == self.config.image_pad_token_id).sum()):
             raise ValueError(
                 f"`input_ids` leave {places} places (`<imgpad>`) for codes of pictures, but `pixel_values` is None. "
@@ -243,6 +247,7 @@ class MarsGenerationMixin(GenerationMixin):
         negative = self._check_guidance(setting("guidance_scale", 1.0), len(input_ids), kwargs)
         sizes = self._image_sizes(len(input_ids), kwargs.pop("height", None), kwargs.pop("width", None), kwargs)
         grids = self._grids(input_ids, sizes)
+        self._check_low_resolution(input_ids, grids)
         k = self._check_steps(setting("codes_per_step"), setting("code_order"), grids)
         window = self._check_window(setting("jacobi_window"), k, setting("cache_implementation"))
         self._check_initial_codes(kwargs.get("initial_codes"), grids)
@@ -261,6 +266,29 @@ class MarsGenerationMixin(GenerationMixin):
             raise ValueError(f"The picture needs {needed} new tokens, but only {asked} are allowed.")
         steps = {"codes_per_step": k, "jacobi_window": window}
         return {**kwargs, **steps, "image_sizes": sizes, "max_new_tokens": needed}
+
+    def _check_low_resolution(self, input_ids: torch.Tensor, grids: list[tuple[int, int]]) -> None:
+        """Refuse prompts whose low-resolution picture is not what the model draws from."""
+        config, factor = self.config, self.config.super_resolution_factor
+        start_id, end_id = config.lowres_start_token_id, config.lowres_end_token_id
+        if factor is None:
+            if bool((input_ids == start_id).any()):
+                raise ValueError(
+                    "The prompt holds a low-resolution picture (`<lowres>`), but this model draws from text alone "
+                    "(`config.super_resolution_factor` is None). Use a model of super-resolution."
+                )
+            return
+        for row, (ids, (height, width)) in enumerate(zip(input_ids.tolist(), grids, strict=True)):
+            expected = (height // factor) * (width // factor)
+            is_one = ids.count(start_id) == ids.count(end_id) == 1
+            found = ids.index(end_id) - ids.index(start_id) - 1 if is_one else None
+            if found != expected or height % factor or width % factor:
+                raise ValueError(
+                    f"A picture of {height}x{width} codes is drawn from one of {height // factor}x{width // factor} "
+                    f"({expected} codes between `<lowres>` and `</lowres>`, `config.super_resolution_factor` is "
+                    f"{factor}), but row {row} has {found or 'no single one'}. Give the processor `lowres_images` or "
+                    "`lowres_codes` and pass on all that it returns."
+                )
 
     def _setting_reader(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> Callable:
         def setting(name: str, default: Any = None) -> Any:
@@ -575,7 +603,7 @@ class MarsGenerationMixin(GenerationMixin):
         drawing = Drawing(self.config, grids, k, self._pad_id(generation_config), input_ids.device)
         step_inputs = {"past_key_values": past_key_values, "use_cache": True, "vocabulary": "visual"}
         shared = (generation_config, synced_gpus, streamer, step_inputs)
-        context, step = self._begin_drawing(drawing, input_ids, *shared, **model_kwargs)
+        context, step = self._begin_drawing(drawing, input_ids, *shared, image_sizes=image_sizes, **model_kwargs)
         scores_kept: list[torch.Tensor] = []
         faults = Faults(input_ids)
         call = self._step_call(generation_config, **step_inputs)
@@ -613,7 +641,7 @@ class MarsGenerationMixin(GenerationMixin):
         drawing = SpeculativeDrawing(self.config, grids, window, self._pad_id(generation_config), input_ids.device)
         step_inputs = {"past_key_values": past_key_values, "use_cache": True, "vocabulary": "visual"}
         shared = (generation_config, synced_gpus, streamer, step_inputs)
-        context, place = self._begin_drawing(drawing, input_ids, *shared, **model_kwargs)
+        context, place = self._begin_drawing(drawing, input_ids, *shared, image_sizes=image_sizes, **model_kwargs)
         past_key_values.activate_past_recording()  # layers with a sliding window keep what a crop brings back
         do_sample, generator = generation_config.do_sample, generation_config.generator
         scores_kept: list[torch.Tensor] = []
@@ -661,12 +689,16 @@ class MarsGenerationMixin(GenerationMixin):
         synced_gpus: bool,
         streamer,
         step_inputs: dict[str, Any],
+        image_sizes: torch.Tensor,
         **model_kwargs,
     ) -> tuple[DrawingContext, int]:
         """Prefill the prompts; give the context of what follows and the first step that has something to draw."""
         k, is_guided = generation_config.codes_per_step, generation_config.image_guidance_scale != 1.0
         rows, mask = self._prompt_rows(input_ids, is_guided, **model_kwargs)
-        self._prefill_prompt(rows, mask, synced_gpus, codes_per_step=k, logits_to_keep=1, **step_inputs)
+        sizes = image_sizes.repeat(len(rows) // len(input_ids), 1, 1)
+        self._prefill_prompt(
+            rows, mask, synced_gpus, codes_per_step=k, image_sizes=sizes, logits_to_keep=1, **step_inputs
+        )
         step = drawing.start(generation_config.initial_codes)
         if isinstance(streamer, ImageStreamer):
             before = (input_ids == self.config.image_end_token_id).sum(1).tolist()
@@ -713,20 +745,20 @@ class MarsGenerationMixin(GenerationMixin):
         document = Document(config, counts, number, k, generation_config.max_new_tokens, pad, ends)
         table = self._cell_table(image_sizes, k, device)
         warpers = code_warpers(generation_config.image_settings)
-        context, logits, prefixes = self._prefill_document(input_ids, scale, k, past_key_values, **model_kwargs)
+        context, logits, prefixes = self._prefill_document(
+            input_ids, scale, k, past_key_values, image_sizes, **model_kwargs
+        )
         criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria))
         written, faults = document.compacted(input_ids, pad), Faults(input_ids)
         if isinstance(streamer, ImageStreamer):
             streamer.begin([self._grids_of(row) for row in image_sizes.tolist()], number.tolist(), k, config)
         call = self._step_call(generation_config, past_key_values=past_key_values, use_cache=True)
-        is_done = only_codes = False
+        is_done, writing = False, list(range(len(input_ids)))
         while self._has_unfinished_sequences(is_done, synced_gpus, device=device):
-            words = None if only_codes else logits[: len(input_ids), 0]
-            if words is not None:
-                words = logits_processor(written, self._word_scores(words, document.may_begin))
-                faults.look(words)
-            token = self._pick_words(words, written, generation_config)
-            visual = logits if only_codes else logits[..., config.image_token_offset :]
+            token = self._next_words(
+                logits, writing, written, document.may_begin, logits_processor, generation_config, faults
+            )
+            visual = logits[..., config.image_token_offset :] if writing else logits
             guidance = self._guidance(generation_config, document.progress[:, None])
             scores = self._code_scores(visual, guidance, written, written[:, :0], warpers)
             faults.look(scores)
@@ -743,11 +775,12 @@ class MarsGenerationMixin(GenerationMixin):
                 context.begin_unconditional(document.begins, document.pick(prefixes))
                 live = torch.cat([live, live & document.in_picture[:, None]])
             cells = None if table is None else look_up_cells(table, document.number[:, None], document.place)
-            # The one wait for the device: whether rows go on, and whether one of them may go on with a word.
-            is_done, only_codes = torch.stack([document.done, document.done | document.draws]).all(1).tolist()
+            # The one wait for the device: which rows go on, and which of them with a word.
+            done, writes = torch.stack([document.done, document.writes]).tolist()
+            is_done, writing = all(done), [row for row, may_write in enumerate(writes) if may_write]
             if is_done and not synced_gpus:
                 break
-            head = {"vocabulary": "visual" if only_codes else "all", "logits_to_keep": k}
+            head = {"vocabulary": "all" if writing else "visual", "logits_to_keep": k}
             logits = call(**context.feed(document.fed, live, cells), **head).logits
         faults.refuse()
         sequences = torch.cat([input_ids, document.tokens[:, : int(document.length.max())]], dim=1)
@@ -755,17 +788,29 @@ class MarsGenerationMixin(GenerationMixin):
             return sequences
         return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=past_key_values)
 
-    def _pick_words(
-        self, scores: torch.Tensor | None, written: torch.Tensor, generation_config: GenerationConfig
+    def _next_words(
+        self,
+        logits: torch.Tensor,
+        writing: list[int],
+        written: torch.Tensor,
+        may_begin: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        generation_config: GenerationConfig,
+        faults: Faults,
     ) -> torch.Tensor:
-        """Choose what rows `(batch,)` that stand in their text go on with; anything if no row does (`None`)."""
-        do_sample, generator = generation_config.do_sample, generation_config.generator
-        if scores is None:
-            if not (do_sample and isinstance(generator, list)):
-                return written[:, -1]
-            # A row's chance must not depend on what other rows are doing: it throws its dice all the same.
-            scores = torch.zeros(len(written), 1, device=written.device)
-        return pick_codes(scores[:, None], do_sample, generator).squeeze(1)
+        """Choose what the rows that stand in their text, `writing`, go on with; others `(batch,)` get anything."""
+        token, generator = written[:, -1].clone(), generation_config.generator
+        if not writing:
+            return token
+        rows = torch.tensor(writing, device=written.device)
+        if all(isinstance(processor, VOCABULARY_BLIND) for processor in logits_processor):
+            scores = logits_processor(written[rows], self._word_scores(logits[rows, 0], may_begin[rows]))
+        else:  # it may know rows by their number
+            scores = logits_processor(written, self._word_scores(logits[: len(written), 0], may_begin))[rows]
+        faults.look(scores, rows)
+        own = [generator[row] for row in writing] if isinstance(generator, list) else generator
+        token[rows] = pick_codes(scores[:, None], generation_config.do_sample, own).squeeze(1)
+        return token
 
     def _step_call(self, generation_config: GenerationConfig, **step_inputs: Any) -> Callable:
         """
@@ -817,6 +862,7 @@ class MarsGenerationMixin(GenerationMixin):
         scale: float,
         k: int,
         past_key_values,
+        image_sizes: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         negative_input_ids: torch.Tensor | None = None,
         negative_attention_mask: torch.Tensor | None = None,
@@ -834,6 +880,7 @@ class MarsGenerationMixin(GenerationMixin):
         inputs["codes_per_step"] = k
         if scale == 1.0 or negative_input_ids is None:
             positions = position_ids_of(attention_mask)
+            inputs["image_sizes"] = image_sizes
             logits = self(input_ids, attention_mask=attention_mask, position_ids=positions, **inputs).logits
             return DrawingContext(attention_mask, k, copies=1), logits, None
         if negative_input_ids.ndim == 2:  # one size for all pictures
@@ -843,6 +890,7 @@ class MarsGenerationMixin(GenerationMixin):
             negative_attention_mask = torch.ones_like(negative_input_ids)
         masks: list[torch.Tensor] = []
         seen = attention_mask[:, :0]
+        inputs["image_sizes"] = image_sizes.repeat(2, 1, 1)
         first_logits: Any = None
         for ids, own in zip(negative_input_ids.unbind(1), negative_attention_mask.unbind(1), strict=True):
             words = input_ids if first_logits is None else torch.zeros_like(ids)

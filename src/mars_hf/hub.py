@@ -1,9 +1,11 @@
 """
-Complete Hub folders: weights, the code that reads them, the processor, the `auto_map` and a model card.
+Complete Hub folders: weights, the code that reads them, the processor, the `auto_map`, a model card and the handler
+of Inference Endpoints.
 
 `save_pretrained` notes one Auto class for each object and copies code only for registered ones; here every entry is
 written, so that a process without mars_hf loads all of them with `trust_remote_code=True`. Nothing in this file needs
-torch: a folder is completed by copying files and editing their JSON, and weights are carried over as they are stored.
+torch, but for the pictures of a gallery: a folder is completed by copying files and editing their JSON, and weights
+are carried over as they are stored.
 """
 
 import json
@@ -18,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm.auto import tqdm
+
 from mars_hf import DEFAULT_CHECKPOINT
 from mars_hf.data.emoji import NAMES, STYLES
 
@@ -30,11 +34,15 @@ HUB_FILES = (
     "drawing_mars.py",
     "modeling_mars.py",
     "generation_mars.py",
+    "handler.py",
     "image_processing_mars.py",
     "processing_mars.py",
     "pipeline_mars.py",
+    "prompts_mars.py",
     "speculation_mars.py",
     "streaming_mars.py",
+    "super_resolution_mars.py",
+    "weights_mars.py",
 )
 _MODEL = "modeling_mars.MarsForConditionalGeneration"
 _PROCESSOR = {"AutoProcessor": "processing_mars.MarsProcessor"}
@@ -53,12 +61,19 @@ AUTO_MAP = {
     **_PROCESSOR,
 }
 CUSTOM_PIPELINES = {
-    "text-to-image": {
-        "impl": "pipeline_mars.MarsPipeline",
-        "pt": ["AutoModelForMultimodalLM"],
-        "type": "multimodal",
-    }
+    task: {"impl": f"pipeline_mars.{name}", "pt": ["AutoModelForMultimodalLM"], "type": "multimodal"}
+    for task, name in (("text-to-image", "MarsPipeline"), ("any-to-any", "MarsAnyToAnyPipeline"))
 }
+# What the code of a folder needs, for `requirements.txt`, which Inference Endpoints install.
+REQUIREMENTS = (
+    "torch>=2.6",
+    "transformers>=5.23,<6",
+    "diffusers>=0.36",
+    "safetensors>=0.8",
+    "numpy>=1.26",
+    "pillow>=10.1",
+)
+GALLERY = "gallery"  # folder of the pictures that the card shows
 # What a checkpoint folder holds for its reader. Code is written anew, and what only training needs stays behind.
 _CARRIED_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt")
 _LEFT_BEHIND = ("trainer_state.json",)
@@ -77,7 +92,7 @@ class CardFacts:
         prompts (`tuple[str, ...]`): Prompts that the checkpoint draws well.
         guidance_scale (`float`): Strength of guidance in the examples.
         training_data (`str`): Markdown on what it was trained on, with the licence of each part.
-        limits (`tuple[str, ...]`): What it does not do.
+        limits (`tuple[str, ...]`): What it does not do, and what it does more readily than it should.
     """
 
     summary: str = "A MARS checkpoint."
@@ -115,6 +130,14 @@ def emoji_facts() -> CardFacts:
             "A small MARS that draws emoji from English and Chinese prompts on a CPU in seconds. It shows the method "
             "and serves tests; it is no general text-to-image model."
         ),
+        prompts=(
+            "a red apple",
+            "红苹果",
+            "red heart",
+            "waving hand",
+            "红心，twemoji 风格",
+            "teacher: medium skin tone",
+        ),
         # The strictest of its parts: OpenMoji and CC-CEDICT are share-alike.
         license="cc-by-sa-4.0",
         training_data=(
@@ -128,6 +151,8 @@ def emoji_facts() -> CardFacts:
             "or two of their own (a cat, a rocket, most flags) are often a blot of the right colours.",
             "It was trained on square pictures of 64 pixels. Small text inside a picture is lost.",
             "Its language model is tiny and knows little beyond captions.",
+            "Bias: an emoji exists for what its makers found worth a sign. Professions, foods, families and customs "
+            "without one are unknown here, and the few people that there are stand for all others.",
         ),
     )
 
@@ -138,6 +163,7 @@ def export_checkpoint(
     out: str | os.PathLike,
     facts: CardFacts | None = None,
     overwrite: bool = False,
+    gallery: int = 0,
 ) -> Path:
     """
     Write a model and its processor as a complete Hub folder.
@@ -148,17 +174,21 @@ def export_checkpoint(
         out (`str` or `os.PathLike`): Folder to write. It appears when it is complete, or not at all.
         facts (`CardFacts`, *optional*): What the model card says.
         overwrite (`bool`, defaults to `False`): Replace an earlier export at the same place.
+        gallery (`int`, defaults to 0): Number of pictures to draw for the card, of the first prompts of `facts`.
 
     Returns:
         `Path`: The folder.
 
     Raises:
-        ValueError: If `out` exists and is not empty (with `overwrite`: and is no earlier export).
+        ValueError: If `out` exists and is not empty (with `overwrite`: and is no earlier export), or `facts` have
+            fewer prompts than `gallery`.
     """
+    facts = facts or CardFacts()
+    _require_prompts(gallery, facts)
     with _new_folder(Path(out), overwrite) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        _complete(folder, facts or CardFacts())
+        _complete(folder, facts, gallery)
     return Path(out)
 
 
@@ -169,6 +199,8 @@ def export_folder(
     overwrite: bool = False,
     weights_dtype: str | None = None,
     separate_frozen: bool = False,
+    gallery: int = 0,
+    results: str | os.PathLike | None = None,
 ) -> Path:
     """
     Write a saved checkpoint as a complete Hub folder, its weights bit for bit as stored.
@@ -186,29 +218,108 @@ def export_folder(
         separate_frozen (`bool`, defaults to `False`):
             Store the frozen part (language model and VQ-GAN) in a file of its own, the same for every checkpoint
             that is trained on it.
+        gallery (`int`, defaults to 0):
+            Number of pictures to draw for the card, of the first prompts of its facts.
+        results (`str` or `os.PathLike`, *optional*):
+            The `results.json` of an evaluation of `source`, for the card's tables and the Hub's `model-index`.
 
     Returns:
         `Path`: The folder.
 
     Raises:
-        ValueError: If `source` holds no complete MARS checkpoint, or `out` exists and is not empty (with
-            `overwrite`: and is no earlier export).
+        ValueError: If `source` holds no complete MARS checkpoint, `out` exists and is not empty (with
+            `overwrite`: and is no earlier export), there are fewer prompts than `gallery`, or `results` are no results
+            or of other weights.
     """
     source, out = Path(source), Path(out)
     require_checkpoint(source)
     if facts is None and source.resolve() == DEFAULT_CHECKPOINT.resolve():
         facts = emoji_facts()
+    _require_prompts(gallery, facts or CardFacts())
+    if results is not None and weights_dtype is not None:
+        raise ValueError("`results` were measured on weights as they are stored: export them without `weights_dtype`.")
+    found = None if results is None else _read_results(Path(results), source)
     with _new_folder(out, overwrite) as folder:
         for path in source.iterdir():
             is_card = path.name == "README.md" and facts is None
             if is_card or (path.suffix in _CARRIED_SUFFIXES and path.name not in _LEFT_BEHIND):
                 shutil.copyfile(path, folder / path.name)
+        if facts is None and (source / GALLERY).is_dir():  # its own card shows them
+            shutil.copytree(source / GALLERY, folder / GALLERY)
         if weights_dtype is not None:
             _store_weights_as(folder, weights_dtype)
         if separate_frozen:
             _separate_frozen(folder)
-        _complete(folder, facts or CardFacts())
+        _complete(folder, facts or CardFacts(), gallery, found)
     return out
+
+
+def store_against_base(folder: str | Path, base: str | Path) -> Path:
+    """
+    Leave out of an exported folder what its base holds already, such as the frozen part of a super-resolution model.
+
+    Args:
+        folder (`str` or `Path`): An exported MARS inside the base's folder; its weights are replaced in one step.
+        base (`str` or `Path`): The exported MARS that it was trained from, in the same dtype.
+
+    Returns:
+        `Path`: `folder`, whose configuration names the base, see `weights_mars.py`.
+
+    Raises:
+        ValueError: If the folder lies outside the base's, or they share no weights.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from mars_hf.weights_mars import weight_files, weights_digest
+
+    folder, base = Path(folder), Path(base)
+    if base.resolve() not in folder.resolve().parents:
+        raise ValueError(f"{folder} must lie inside the folder of its base, {base}, to travel with it.")
+    files = [Path(file) for file in weight_files(folder)]
+    own = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    shared = {name: tensor for file in weight_files(base) for name, tensor in load_file(file).items()}
+    kept = {name: t for name, t in own.items() if name not in shared or not torch.equal(t, shared[name])}
+    if len(kept) == len(own):
+        raise ValueError(f"{folder} has no tensor in common with {base}: it was trained from another model.")
+    missing = sorted(shared.keys() - own.keys())
+    if missing:
+        raise ValueError(f"{base} holds tensors that {folder} does not have: {', '.join(missing)}.")
+    digest = weights_digest(weight_files(base))
+    scratch = folder / "model.safetensors.part"
+    save_file(kept, scratch, metadata={"format": "pt"})
+    for file in files:
+        file.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    os.replace(scratch, folder / "model.safetensors")
+    path = Path(os.path.relpath(base, folder)).as_posix()
+    _edit_json(folder / "config.json", base_checkpoint={"path": path, "sha256": digest})
+    return folder
+
+
+def _require_prompts(gallery: int, facts: CardFacts) -> None:
+    if not 0 <= gallery <= len(facts.prompts):
+        raise ValueError(
+            f"`gallery` must be 0 to {len(facts.prompts)}, the number of prompts in the card's facts, got {gallery}."
+        )
+
+
+def _read_results(file: Path, source: Path) -> dict[str, Any]:
+    """Read what an evaluation wrote, and hold it to the checkpoint that is exported."""
+    from mars_hf.evaluation.provenance import fingerprint
+
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist: expected the `results.json` of an evaluation.")
+    try:
+        found = _read_json(file)
+        stated = found["checkpoint_sha256"], found["prompts"], found["scores"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is no `results.json` as `mars-hf evaluate` writes it.") from None
+    if stated[0] != (own := fingerprint(source)):
+        raise ValueError(
+            f"{file} was measured on checkpoint {str(stated[0])[:16]}, but {source} is {own[:16]}. Evaluate this one."
+        )
+    return found
 
 
 def _store_weights_as(folder: Path, dtype: str) -> None:
@@ -272,10 +383,15 @@ def _require_free(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(f"{out} is not empty. Choose another folder, or ask for it to be overwritten.")
-    config = out / "config.json"
-    auto_map = _read_json(config).get("auto_map", {}) if config.is_file() else {}
-    if auto_map.get("AutoConfig") != AUTO_MAP["AutoConfig"]:
+    if not is_export(out):
         raise ValueError(f"{out} holds something other than an exported MARS, so it is not overwritten.")
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder holds an exported MARS."""
+    config = folder / "config.json"
+    auto_map = _read_json(config).get("auto_map", {}) if config.is_file() else {}
+    return auto_map.get("AutoConfig") == AUTO_MAP["AutoConfig"]
 
 
 def require_checkpoint(source: Path) -> None:
@@ -292,17 +408,64 @@ def require_checkpoint(source: Path) -> None:
         raise ValueError(f"{source} holds a checkpoint of type '{model_type}', expected 'mars'.")
 
 
-def _complete(folder: Path, facts: CardFacts) -> None:
+def _complete(folder: Path, facts: CardFacts, gallery: int = 0, results: dict[str, Any] | None = None) -> None:
     """Add to a saved model and processor what makes a Hub folder of them."""
     for name in HUB_FILES:
         shutil.copyfile(Path(__file__).parent / name, folder / name)
+    (folder / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", encoding="utf-8")
     _edit_json(folder / "config.json", auto_map=AUTO_MAP, custom_pipelines=CUSTOM_PIPELINES)
     _edit_json(folder / "tokenizer_config.json", auto_map=_PROCESSOR)
     image_processor = _read_json(folder / "processor_config.json")["image_processor"]
     image_processor["auto_map"] = _IMAGE_PROCESSOR
     _edit_json(folder / "processor_config.json", auto_map=_PROCESSOR, image_processor=image_processor)
     if not (folder / "README.md").exists():
-        (folder / "README.md").write_text(model_card(folder, facts), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(folder, facts, results), encoding="utf-8")
+    widget = _draw_gallery(folder, facts, gallery) if gallery else None
+    _add_metadata(folder, widget, results)
+
+
+def _draw_gallery(folder: Path, facts: CardFacts, count: int) -> list[dict[str, Any]]:
+    """Draw prompts with the model of the folder; give the card's `widget` that shows them."""
+    from mars_hf import MarsForConditionalGeneration, MarsPipeline, MarsProcessor
+
+    model = MarsForConditionalGeneration.from_pretrained(folder)
+    processor = MarsProcessor.from_pretrained(folder, trust_remote_code=True)  # the code is this package's own
+    pipe = MarsPipeline(model=model.eval(), processor=processor)
+    prompts = list(facts.prompts[:count])
+    shutil.rmtree(folder / GALLERY, ignore_errors=True)
+    (folder / GALLERY).mkdir()
+    widget = []
+    drawing = (pipe(prompt, guidance_scale=facts.guidance_scale, seed=0) for prompt in prompts)
+    for number, (picture,) in enumerate(tqdm(drawing, "Drawing the gallery", count, unit="picture", disable=None)):
+        picture["generated_image"].save(folder / GALLERY / f"{number}.png", optimize=True)
+        widget.append({"text": prompts[number], "output": {"url": f"{GALLERY}/{number}.png"}})
+    return widget
+
+
+def _add_metadata(folder: Path, widget: list[dict[str, Any]] | None, results: dict[str, Any] | None) -> None:
+    """Put the gallery and the measured numbers where the Hub looks for them: into the head of the card."""
+    if widget is None and results is None:
+        return
+    from huggingface_hub import metadata_load, metadata_save
+
+    card = folder / "README.md"
+    metadata = metadata_load(card) or {}
+    if widget is not None:
+        metadata["widget"] = widget
+    if results is not None:
+        import yaml
+
+        from mars_hf.evaluation.results import model_index
+
+        index = yaml.safe_load(model_index(folder.name, results["prompts"], _scores(results)))
+        metadata["model-index"] = index["model-index"]
+    metadata_save(card, metadata)
+
+
+def _scores(results: dict[str, Any]) -> list[Any]:
+    from mars_hf.evaluation.results import Score
+
+    return [Score(**score) for score in results["scores"]]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -335,28 +498,32 @@ def count_parameters(folder: Path) -> dict[str, int]:
     return counts
 
 
-def model_card(folder: Path, facts: CardFacts) -> str:
+def model_card(folder: Path, facts: CardFacts, results: dict[str, Any] | None = None) -> str:
     """
     Write the model card of a complete folder.
 
     Args:
         folder (`Path`): Holds `config.json` and the weights.
         facts (`CardFacts`): What cannot be read off them.
+        results (`dict`, *optional*): Of an evaluation, as in `results.json`.
 
     Returns:
-        `str`: Markdown with the metadata block of the Hub. Its example runs as pasted from the parent folder.
+        `str`: Markdown with the metadata block of the Hub. Its examples run as pasted from the parent folder, one
+        after the other.
     """
     config = _read_json(folder / "config.json")
     size, factor = config["default_image_size"], config["downsample_factor"]
     counts = count_parameters(folder)
     limits = "\n".join(f"- {limit}" for limit in facts.limits)
-    prompts = ", ".join(json.dumps(prompt, ensure_ascii=False) for prompt in facts.prompts)
+    context = config.get("text_config", {}).get("max_position_embeddings", 2048)
+    quoted = [json.dumps(prompt, ensure_ascii=False) for prompt in facts.prompts]
+    request = json.dumps({"inputs": facts.prompts[0], "parameters": {"seed": 0}}, ensure_ascii=False)
     return f"""---
 license: {facts.license}
 language: [{", ".join(facts.languages)}]
 library_name: transformers
 pipeline_tag: text-to-image
-tags: [custom_code, mars, image-to-text, autoregressive]
+tags: [custom_code, mars, image-to-text, any-to-any, autoregressive]
 ---
 # {folder.name}
 
@@ -378,15 +545,42 @@ From the folder that holds `{folder.name}`, or with its name on the Hub as `mode
 from transformers import pipeline
 
 pipe = pipeline("text-to-image", model="{folder.name}", trust_remote_code=True)
-drawn = pipe([{prompts}], height={size}, width={size}, guidance_scale={facts.guidance_scale}, seed=0)
+drawn = pipe([{", ".join(quoted[:2])}], height={size}, width={size}, guidance_scale={facts.guidance_scale}, seed=0)
 for number, pictures in enumerate(drawn):
     pictures[0]["generated_image"].save(f"picture-{{number}}.png")
 ```
 
-`num_images_per_prompt`, `negative_prompt`, `do_sample`, `temperature`, `top_k` and `top_p` pass through. The Auto
-classes load the parts: `AutoModel`, `AutoModelForMultimodalLM`, `AutoModelForImageTextToText` and
+`num_images_per_prompt`, `negative_prompt`, `do_sample`, `temperature`, `top_k` and `top_p` pass through. The same
+model writes captions, and documents of text and pictures:
+
+```python
+from transformers import pipeline
+
+pipe = pipeline("any-to-any", model="{folder.name}", trust_remote_code=True)
+print(pipe(images="picture-0.png", max_new_tokens=20)[0]["generated_text"])
+
+(document,) = pipe({quoted[0]}, generation_mode="interleaved", max_new_tokens={min(200, context // 2)}, seed=0)
+for part in document["generated_interleaved"]:  # texts and pictures
+    print(part)
+```
+
+The Auto classes load the parts: `AutoModel`, `AutoModelForMultimodalLM`, `AutoModelForImageTextToText` and
 `AutoModelForCausalLM` give the full model, `AutoProcessor`, `AutoImageProcessor`, `AutoTokenizer` and `AutoConfig`
-what belongs to it.
+what belongs to it. The stock pipelines `image-text-to-text` and `text-generation` work, too; the latter tokenises
+what users write without guarding against special tokens such as `<img>`.
+
+`handler.py` serves all of it on Inference Endpoints. A request is `{request}`; its docstrings tell the rest, and it
+can be tried without a server:
+
+```python
+import sys
+
+sys.path.insert(0, "{folder.name}")
+from handler import EndpointHandler
+
+answer = EndpointHandler("{folder.name}")({request})
+print(answer[0]["generated_image"][:20])  # a PNG file in base64
+```
 
 ## What is inside
 
@@ -395,8 +589,8 @@ what belongs to it.
 | language model (frozen) | {counts["text"]:,} |
 | visual experts, embedding and head | {counts["visual"]:,} |
 | VQ-GAN ({config["codebook_size"]:,} codes, one for {factor} x {factor} pixels) | {counts["vqgan"]:,} |
-
-## Limits
+{"" if results is None else _results_section(results)}
+## Limits and bias
 
 {limits}
 
@@ -408,3 +602,9 @@ what belongs to it.
 
 The code is Apache-2.0. The weights: `{facts.license}`.
 """
+
+
+def _results_section(results: dict[str, Any]) -> str:
+    from mars_hf.evaluation.results import score_table
+
+    return f"\n## Results on {results['prompts']}\n\n{score_table(_scores(results))}\n"

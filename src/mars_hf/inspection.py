@@ -2,6 +2,7 @@
 What a checkpoint is, from its configuration and the headers of its weights, without loading them.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ def inspect_checkpoint(name: str) -> dict[str, Any]:
         name (`str`): `"mars-emoji"` for the embedded one, a folder, or a name on the Hub.
 
     Returns:
-        `dict[str, Any]`: `folder`, `sha256`, `language_model`, `parts` (parameters, stored bytes and types, whether
-        they train), `vocabulary` (first and last id of each range), `pictures`, and `memory` in bytes.
+        `dict[str, Any]`: `folder`, `sha256`, `base_checkpoint`, `language_model`, `parts` (parameters, stored bytes and
+        types, whether they train), `vocabulary` (first and last id of each range), `pictures`, and `memory` in bytes.
 
     Raises:
         ValueError: If there is no MARS, or its files are damaged.
@@ -38,12 +39,13 @@ def inspect_checkpoint(name: str) -> dict[str, Any]:
     folder = checkpoint_folder(name)
     require_checkpoint(folder)
     config = MarsConfig.from_pretrained(folder)
-    headers = Checkpoint(sorted(folder.glob("*.safetensors"))).headers
+    headers = _headers(folder, config.base_checkpoint)
     text = config.text_config
     factor = config.downsample_factor
     return {
         "folder": str(folder),
         "sha256": fingerprint(folder),
+        "base_checkpoint": config.base_checkpoint,
         "language_model": {
             "type": text.model_type,
             "layers": text.num_hidden_layers,
@@ -61,6 +63,17 @@ def inspect_checkpoint(name: str) -> dict[str, Any]:
         },
         "memory": _memory(headers, config),
     }
+
+
+def _headers(folder: Path, base: dict[str, str] | None) -> dict[str, torch.Tensor]:
+    """Names, shapes and types of all tensors: the folder's own, over those of the base that it is stored against."""
+    headers: dict[str, torch.Tensor] = {}
+    for place in [folder] if base is None else [folder / base["path"], folder]:
+        files = sorted(place.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{folder} is stored against the weights at {base['path']}, but there are none.")
+        headers |= Checkpoint(files).headers
+    return headers
 
 
 def _part_of(name: str) -> str:
@@ -118,6 +131,7 @@ def describe(found: dict[str, Any]) -> str:
     lines = [
         f"folder      {found['folder']}",
         f"sha256      {found['sha256']}",
+        *([f"base        {found['base_checkpoint']['path']}"] if found["base_checkpoint"] else []),
         f"language    {language['type']}, {language['layers']} layers of {language['hidden_size']}, a context of "
         f"{language['context']:,} tokens",
         "",

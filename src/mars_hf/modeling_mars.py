@@ -7,6 +7,7 @@ VQ-GAN. Building blocks that do not differ from Qwen2 are Qwen2's own. Decoding 
 pictures into pixels is the processor's.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -14,7 +15,7 @@ import torch
 from diffusers import VQModel
 from torch import nn
 from torch.nn import functional as F
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -34,10 +35,11 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .code_order_mars import PictureLayout, cell_table, look_up_cells, to_emission_order
+from .code_order_mars import PictureLayout, find_cells, sizes_by_row, to_emission_order
 from .configuration_mars import MarsConfig
 from .generation_mars import MarsGenerationMixin
 from .image_processing_mars import decode_codes, encode_pixels
+from .weights_mars import HUB_ARGUMENTS, base_of, complete_weights, stored_generation_config
 
 Modality = Literal["text", "image"]
 Vocabulary = Literal["all", "text", "visual"]
@@ -295,19 +297,22 @@ class MarsPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any):
+    def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any):
         """
-        Load a checkpoint, strictly, and freeze the text part.
+        Load a checkpoint, strictly, and freeze the text part. One that is stored against a base is completed by it.
 
         See [`~PreTrainedModel.from_pretrained`] for the arguments. Loading resets what is trainable, so the freeze
         is made anew here.
 
         Raises:
-            ValueError: If a tensor is missing, unexpected or of the wrong shape.
+            ValueError: If a tensor is missing, unexpected or of the wrong shape, or the base is another one.
         """
+        name, kwargs = cls._with_base(pretrained_model_name_or_path, kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        model, info = super().from_pretrained(
+            name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
         problems = {
             kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
         }
@@ -321,6 +326,24 @@ class MarsPreTrainedModel(PreTrainedModel):
         if model.config.use_visual_expert:
             model.freeze_text()
         return (model, info) if wants_info else model
+
+    @classmethod
+    def _with_base(cls, name: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Exchange the name of a checkpoint that is stored against a base for the weights of both."""
+        if name is None or kwargs.get("state_dict") is not None:
+            return name, kwargs
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+        base = base_of(name, **hub)
+        if base is None:
+            return name, kwargs
+        rest = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS}
+        config = copy.deepcopy(rest.pop("config", None))
+        if not isinstance(config, PreTrainedConfig):
+            options = {key: rest.pop(key) for key in list(rest) if key in MarsConfig.__annotations__}
+            config = cls.config_class.from_pretrained(config or name, **hub, **options)
+        config.base_checkpoint = None  # what is loaded is complete, and is saved so
+        rest.setdefault("generation_config", stored_generation_config(name, **hub))
+        return None, {**rest, "config": config, "state_dict": complete_weights(name, base, **hub)}
 
     def freeze_text(self) -> None:
         """
@@ -665,7 +688,13 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
         Raises:
             ValueError: If there are more or fewer pictures than runs of `<imgpad>`, or one does not fit its run.
         """
-        grids = self.encode_image(pixel_values)
+        return self.place_codes(input_ids, self.encode_image(pixel_values))
+
+    def place_codes(self, input_ids: torch.Tensor, grids: list[torch.LongTensor]) -> torch.Tensor:
+        """
+        Replace every `<imgpad>` by the codes `(height / f, width / f)` of pictures; see
+        [`~MarsForConditionalGeneration.fill_image_codes`]. What super-resolution starts from stands row by row.
+        """
         places = input_ids == self.config.image_pad_token_id
         starts = places & ~F.pad(places, (1, 0))[:, :-1]
         runs = torch.bincount(starts.flatten().cumsum(0)[places.flatten()], minlength=1)[1:].tolist()
@@ -674,12 +703,14 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
                 f"`pixel_values` hold pictures of {[grid.numel() for grid in grids]} codes, but `input_ids` "
                 f"leave runs of {runs} places (`<imgpad>`). Give both as one call of the processor returned them."
             )
-        # K is the length of the run of `<img>` before the codes; without one they stand as for K = 1.
+        # K is the length of the run of `<img>` before the codes; without one they stand row by row.
         columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         others = torch.where(input_ids == self.config.image_start_token_id, -1, columns).cummax(1).values
-        copies = (columns - 1 - F.pad(others, (1, -1), value=-1))[starts].clamp_min(1).tolist()
+        copies = (columns - 1 - F.pad(others, (1, -1), value=-1))[starts].tolist()
         order = self.config.code_order
-        codes = torch.cat([to_emission_order(grid, k, order) for grid, k in zip(grids, copies, strict=True)])
+        codes = torch.cat(
+            [to_emission_order(grid, k or 1, order if k else "raster") for grid, k in zip(grids, copies, strict=True)]
+        )
         return input_ids.masked_scatter(places, codes.to(input_ids.device) + self.config.image_token_offset)
 
     def _check_ids(self, input_ids: torch.Tensor) -> None:
@@ -722,17 +753,19 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
         return PictureLayout.of(input_ids, config.image_token_offset, config.image_start_token_id)
 
     def _cells(
-        self, layout: PictureLayout, image_sizes: torch.Tensor | None, codes_per_step: int | None
+        self,
+        input_ids: torch.Tensor,
+        layout: PictureLayout,
+        image_sizes: torch.Tensor | None,
+        codes_per_step: int | None,
     ) -> torch.Tensor | None:
-        if not self.config.cell_embedding or not bool((layout.place >= 0).any()):
+        starts = torch.tensor([self.config.image_start_token_id, self.config.lowres_start_token_id])
+        if not self.config.cell_embedding or not bool(torch.isin(input_ids, starts.to(input_ids.device)).any()):
             return None
         if image_sizes is None:
             raise ValueError("A model with `cell_embedding` needs the `image_sizes` of the pictures in `input_ids`.")
-        factor = self.config.downsample_factor
-        sizes = torch.as_tensor(image_sizes).tolist()
-        grids = [[(h // factor, w // factor) for h, w in row if h and w] or [(1, 1)] for row in sizes]
-        table = cell_table(grids, codes_per_step or int(layout.codes_per_step.max()), self.config.code_order)
-        return look_up_cells(table.to(layout.place.device), layout.picture, layout.place)
+        k = codes_per_step or int(layout.codes_per_step.max())
+        return find_cells(self.config, input_ids, layout, sizes_by_row(image_sizes), k)
 
     @can_return_tuple
     def forward(  # type: ignore[misc]
@@ -803,9 +836,9 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
             if is_step or isinstance(attention_mask, dict)
             else self._layout(input_ids, codes_per_step, past_key_values)
         )
-        if layout is not None:
+        if layout is not None and input_ids is not None:
             block_ids = layout.block_ids if block_ids is None and self._longest_run(codes_per_step) > 1 else block_ids
-            cells = self._cells(layout, image_sizes, codes_per_step) if cells is None else cells
+            cells = self._cells(input_ids, layout, image_sizes, codes_per_step) if cells is None else cells
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

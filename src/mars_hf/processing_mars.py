@@ -1,10 +1,9 @@
 """
-Text and pictures to ids and pixels, and back: everything that MARS's prompts are made of stands in this file.
+Text and pictures to ids and pixels, and back.
 
-Reading order: `text_ids`, `prompt_ids` and `null_prompt_ids` write single prompts; `MarsProcessor` extends a Qwen
-tokenizer by the visual vocabulary, lays out prompts for drawing, for documents and for reading pictures, chats and
-training rows, and turns what the model gives back into text and pictures. Pixels are `image_processing_mars.py`'s, the
-order of codes `code_order_mars.py`'s, codes into embeddings the model's.
+`MarsProcessor` lays out prompts for drawing, for super-resolution, for documents and for reading pictures, chats and
+training rows, and turns what the model gives back into text and pictures. Single prompts are `prompts_mars.py`'s,
+pixels `image_processing_mars.py`'s, the order of codes `code_order_mars.py`'s, codes into embeddings the model's.
 
 Inside a row, pieces of text are lists of ids and pictures are `Picture`s until all sizes are known. A piece that came
 from a user is tokenised with special tokens switched off, whatever it says; only pieces that this file or a chat
@@ -16,12 +15,12 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import chain, compress, zip_longest
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AddedToken, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 
 from .code_order_mars import (
@@ -32,7 +31,7 @@ from .code_order_mars import (
     sizes_by_row,
     to_emission_order,
 )
-from .configuration_mars import SPECIAL_TOKENS, MarsConfig
+from .configuration_mars import MarsConfig
 from .image_processing_mars import (
     MarsImageProcessor,
     MarsImageProcessorKwargs,
@@ -41,38 +40,27 @@ from .image_processing_mars import (
     decode_codes,
     encode_pixels,
 )
+from .prompts_mars import (
+    CHAT_TEMPLATE,
+    END_OF_TEXT,
+    extend_tokenizer,
+    lowres_ids,
+    null_prompt_ids,
+    prompt_ids,
+    text_ids,
+    token_id,
+)
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.vq_model import VQModel
 
-Task = Literal["text-to-image", "captioning"]
+Task = Literal["text-to-image", "captioning", "super-resolution"]
 
-END_OF_TEXT = "<|endoftext|>"
 IGNORED_LABEL = -100
 
 # Stand for a user's text while a chat template is rendered: characters of Unicode's private use area.
 USER_TEXT = "\ue000{}\ue001"
 USER_TEXT_PATTERN = re.compile("\ue000(\\d+)\ue001")
-
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-    {%- if message.role not in ['system', 'user', 'assistant'] %}
-        {{- raise_exception('A role must be system, user or assistant, got ' + message.role) }}
-    {%- endif %}
-    {{- '<|im_start|>' + message.role + '\\n' }}
-    {%- if message.content is string %}
-        {{- message.content }}
-    {%- else %}
-        {%- for part in message.content %}
-            {{- '<imgpad>' if part.type == 'image' else part.text }}
-        {%- endfor %}
-    {%- endif %}
-    {{- '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
 
 
 class Picture(NamedTuple):
@@ -83,81 +71,6 @@ class Picture(NamedTuple):
 
 Row = list[list[int] | Picture]
 Size = tuple[int, int]  # height and width in pixels
-
-
-def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokenise a user's text: nothing that it says becomes a special id, `<img>` is five characters."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, caption: str, height: int, width: int) -> list[int]:
-    """
-    Write the prompt of a picture: `"{caption} {height}x{width}"`, sizes in pixels, as in the paper (section 3.4).
-
-    Example:
-        >>> tokenizer.decode(prompt_ids(tokenizer, "a red apple", 64, 96))
-        'a red apple 64x96'
-    """
-    return text_ids(tokenizer, f"{caption} {height}x{width}")
-
-
-def null_prompt_ids(tokenizer: PreTrainedTokenizerBase, height: int, width: int) -> list[int]:
-    """
-    Write the unconditional prompt of guidance, for training and for decoding: `<null>` in place of the caption. The
-    size stays, so that guidance works on the caption alone.
-    """
-    return [_id_of(tokenizer, "<null>"), *text_ids(tokenizer, f" {height}x{width}")]
-
-
-def _id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    token_id = cast(int, tokenizer.convert_tokens_to_ids(token))
-    if tokenizer.convert_ids_to_tokens(token_id) != token:  # an unknown token gets the id of `unk_token`
-        raise ValueError(
-            f"The tokenizer has no token {token!r}. Build the processor with "
-            "`MarsProcessor.from_text_tokenizer(tokenizer, config)`, which adds what MARS needs."
-        )
-    return token_id
-
-
-def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, config: MarsConfig) -> PreTrainedTokenizerBase:
-    """
-    Copy a text tokenizer and name every id of MARS's vocabulary: fillers up to the language model's embedding size,
-    the image codes, the six specials, padding. All are special, so that no text ever gives them.
-
-    Args:
-        tokenizer (`Qwen2Tokenizer`): The language model's own; not changed.
-        config ([`MarsConfig`]): Says where the codes begin and how many there are.
-
-    Returns:
-        `Qwen2Tokenizer`: With ids and tokens inverse for every id in `[0, config.vocab_size)`.
-
-    Raises:
-        ValueError: If the tokenizer has more ids than the language model, or holds one of the names already.
-    """
-    first = len(tokenizer)
-    if first > config.text_vocab_size:
-        raise ValueError(
-            f"The tokenizer has {first} tokens, but `config.text_config.vocab_size` is {config.text_vocab_size}: it "
-            "belongs to another language model."
-        )
-    names = [f"<unused_{i}>" for i in range(first, config.text_vocab_size)]
-    names += [f"<code_{i}>" for i in range(config.image_start_token_id - config.image_token_offset)]
-    names += SPECIAL_TOKENS
-    names += [f"<pad_{i}>" for i in range(config.vocab_size - first - len(names))]
-
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
-    if tokenizer.convert_tokens_to_ids(names) != list(range(first, config.vocab_size)):
-        raise ValueError(
-            f"The tokenizer's own tokens are in the way of {names[0]!r} to {names[-1]!r}: expected ids {first} to "
-            f"{config.vocab_size - 1}. Start from the language model's own tokenizer."
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = END_OF_TEXT
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
-    context = config.text_config.max_position_embeddings  # type: ignore[union-attr]
-    tokenizer.model_max_length = min(tokenizer.model_max_length, context)
-    return tokenizer
 
 
 class MarsProcessorKwargs(ProcessingKwargs, total=False):
@@ -180,6 +93,8 @@ class MarsProcessor(ProcessorMixin):
         max_image_size (`int`, defaults to 4096): Largest side in pixels of a picture that may be asked for.
         code_order (`str`, defaults to `"raster"`):
             Order in which the model emits codes, `config.code_order`; saved with the processor.
+        super_resolution_factor (`int`, *optional*):
+            The model's `config.super_resolution_factor`; saved with the processor.
 
     Example:
         >>> inputs = processor("a red apple", height=64, width=64)
@@ -209,16 +124,18 @@ class MarsProcessor(ProcessorMixin):
         chat_template: str | None = None,
         max_image_size: int = 4096,
         code_order: str = "raster",
+        super_resolution_factor: int | None = None,
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         if code_order not in CODE_ORDERS:
             raise ValueError(f"`code_order` must be one of {', '.join(CODE_ORDERS)}, got {code_order!r}.")
         self.max_image_size = max_image_size
         self.code_order = code_order
-        self.image_token_id = _id_of(tokenizer, self.image_token)
-        self.image_start_token_id = _id_of(tokenizer, "<img>")
-        self.image_end_token_id = _id_of(tokenizer, "</img>")
-        self.image_token_offset = _id_of(tokenizer, "<code_0>")
+        self.super_resolution_factor = super_resolution_factor
+        self.image_token_id = token_id(tokenizer, self.image_token)
+        self.image_start_token_id = token_id(tokenizer, "<img>")
+        self.image_end_token_id = token_id(tokenizer, "</img>")
+        self.image_token_offset = token_id(tokenizer, "<code_0>")
         self.codebook_size = self.image_start_token_id - self.image_token_offset
 
     @classmethod
@@ -244,7 +161,8 @@ class MarsProcessor(ProcessorMixin):
                 size={"height": config.default_image_size, "width": config.default_image_size},
                 downsample_factor=config.downsample_factor,
             )
-        return cls(tokenizer=extend_tokenizer(tokenizer, config), code_order=config.code_order, **kwargs)
+        kwargs |= {"code_order": config.code_order, "super_resolution_factor": config.super_resolution_factor}
+        return cls(tokenizer=extend_tokenizer(tokenizer, config), **kwargs)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
@@ -287,12 +205,16 @@ class MarsProcessor(ProcessorMixin):
         drop_caption: bool | Sequence[bool] | None = None,
         codes_per_step: int | None = None,
         generation_mode: str | None = None,
+        lowres_images: Any = None,
+        lowres_codes: Sequence[torch.Tensor] | None = None,
         **kwargs: Unpack[MarsProcessorKwargs],
     ) -> BatchFeature:
         r"""
         Prepare prompts for drawing, for documents, for reading pictures, for plain text, or rows for training.
 
         - **Drawing**: a size and no `images`. A row is `"{text} {height}x{width}"`, without `<img>`.
+        - **Super-resolution**: `lowres_images` or `lowres_codes`, for a model that has learnt it. A row is that of
+          drawing, in the size that is to be drawn, and `<lowres>`, the codes of the small picture, `</lowres>`.
         - **Documents**: `generation_mode="interleaved"` and sizes of the pictures to come. Rows are those of reading
           or plain text: the model begins pictures itself, so that no size stands in the text.
         - **Reading**: `images`. In `text` each `<imgpad>` is a picture's place. A row with one picture and no
@@ -324,6 +246,11 @@ class MarsProcessor(ProcessorMixin):
                 Copies of `<img>` before a picture (next-K-token prediction), 1 if not given. Pass what the model is
                 trained for (one of `config.trained_codes_per_step`) and what `generate` gets.
             generation_mode (`str`, *optional*): `"interleaved"` for a document; else the arguments tell.
+            lowres_images (picture or `list`, *optional*):
+                Pictures to be drawn larger, one for each prompt, brought to the size asked for (`None`: the image
+                processor's) divided by `super_resolution_factor`.
+            lowres_codes (`list[torch.LongTensor]` of shape `(rows, columns)`, *optional*):
+                Their codes instead, as the base model drew them; they decide the size.
             kwargs: Of the tokenizer (`padding`, `max_length`, `return_tensors`, ...) and the image processor.
 
         Returns:
@@ -355,20 +282,41 @@ class MarsProcessor(ProcessorMixin):
         if trains:
             return self._training_batch(text, images, height, width, task, return_labels, drop_caption, k, options)
         has_size = not (height is None and width is None and image_sizes is None)
-        if generation_mode is None and images is None and has_size:
+        has_lowres = not (lowres_images is None and lowres_codes is None)
+        if has_lowres and (images is not None or generation_mode is not None):
+            raise ValueError("`lowres_images` and `lowres_codes` are for drawing: leave `images` and the mode out.")
+        if generation_mode is None and images is None and (has_size or has_lowres):
             captions = _list_of_prompts(text)
+            if has_lowres and not has_size:
+                image_sizes = self._sizes_from_lowres(len(captions), lowres_codes)
             sizes = self._target_sizes(len(captions), height, width, image_sizes, k)
-            return self._drawing_batch(captions, sizes, negative_prompt, k, options)
+            small, features = self._process_lowres(lowres_images, lowres_codes, sizes, options)
+            return self._drawing_batch(captions, sizes, negative_prompt, k, options, small, features)
         rows = self._text_rows(text) if images is None else self._rows_with_pictures(text, images)
+        target = {"height": height, "width": width, "image_sizes": image_sizes, "negative_prompt": negative_prompt}
+        return self._rows_batch(rows, k, options, generation_mode, **target)
+
+    def _rows_batch(
+        self,
+        rows: list[Row],
+        codes_per_step: int,
+        options: dict[str, Any],
+        generation_mode: str | None = None,
+        height: Any = None,
+        width: Any = None,
+        image_sizes: Any = None,
+        negative_prompt: Any = None,
+    ) -> BatchFeature:
+        """Lay out rows of texts and pictures, to be read or as prompts of documents."""
         if generation_mode == "interleaved":
-            sizes = self._target_sizes(len(rows), height, width, image_sizes, k)
-            return self._document_batch(rows, sizes, negative_prompt, k, options)
+            sizes = self._target_sizes(len(rows), height, width, image_sizes, codes_per_step)
+            return self._document_batch(rows, sizes, negative_prompt, codes_per_step, options)
         if negative_prompt is not None or image_sizes is not None:
             raise ValueError(
                 "`negative_prompt` and `image_sizes` belong to drawing: give a size and no `images`, or "
                 "`generation_mode='interleaved'` for a document."
             )
-        return self._batch(self._reading_data(rows, height, width, k, options), options)
+        return self._batch(self._reading_data(rows, height, width, codes_per_step, options), options)
 
     def _options(self, **kwargs: Any) -> dict[str, Any]:
         return self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
@@ -410,7 +358,10 @@ class MarsProcessor(ProcessorMixin):
         negative_prompt: Any,
         codes_per_step: int,
         options: dict[str, Any],
+        small_pictures: list[list[int]],
+        features: dict[str, Any],
     ) -> BatchFeature:
+        """Lay prompts out; each ends in the ids of its small picture, if there is one."""
         if any(len(row) > 1 for row in sizes):
             raise ValueError(
                 f"A drawing has one size for each prompt, got {sizes}. Several are for a document "
@@ -419,10 +370,73 @@ class MarsProcessor(ProcessorMixin):
         negatives = _per_row("negative_prompt", negative_prompt, len(captions))
         rows = [prompt_ids(self.tokenizer, caption, *size) for caption, (size,) in zip(captions, sizes, strict=True)]
         negative_rows = [self._negative_ids(one, size) for one, (size,) in zip(negatives, sizes, strict=True)]
+        if small_pictures:
+            rows = [row + small for row, small in zip(rows, small_pictures, strict=True)]
+            negative_rows = [row + small for row, small in zip(negative_rows, small_pictures, strict=True)]
         for row, (size,) in zip(rows + negative_rows, sizes + sizes, strict=True):
             self._refuse_too_long(len(row), options, self._num_picture_tokens(size, codes_per_step))
         negative = {f"negative_{name}": value for name, value in self._pad(negative_rows, options).items()}
-        return self._batch({**self._pad(rows, options), "image_sizes": sizes, **negative}, options)
+        return self._batch({**self._pad(rows, options), "image_sizes": sizes, **negative, **features}, options)
+
+    def _sizes_from_lowres(self, count: int, lowres_codes: Sequence[torch.Tensor] | None) -> list[list[Size]]:
+        """Give the sizes to be drawn where none are asked for."""
+        if lowres_codes is None:
+            return [[(self.image_processor.size["height"], self.image_processor.size["width"])]] * count
+        unit = self._require_factor() * self.downsample_factor
+        grids = [tuple(codes.shape) for codes in lowres_codes]
+        if any(len(grid) != 2 for grid in grids):
+            raise ValueError(f"`lowres_codes` must be tensors of shape (rows, columns), got shapes {grids}.")
+        return [[(rows * unit, columns * unit)] for rows, columns in grids]
+
+    def _require_factor(self) -> int:
+        if self.super_resolution_factor is None:
+            raise ValueError(
+                "This processor's model draws from text alone (`super_resolution_factor` is None): leave "
+                "`lowres_images` and `lowres_codes` out, or take a model of super-resolution."
+            )
+        return self.super_resolution_factor
+
+    def _process_lowres(
+        self,
+        lowres_images: Any,
+        lowres_codes: Sequence[torch.Tensor] | None,
+        sizes: list[list[Size]],
+        options: dict[str, Any],
+    ) -> tuple[list[list[int]], dict[str, Any]]:
+        """Turn what super-resolution starts from into ids, codes or places of codes, and what the model needs."""
+        if lowres_images is None and lowres_codes is None:
+            if self.super_resolution_factor is not None:
+                raise ValueError(
+                    "This processor's model enlarges pictures (`super_resolution_factor` is "
+                    f"{self.super_resolution_factor}): give `lowres_images` or `lowres_codes`."
+                )
+            return [], {}
+        factor = self._require_factor()
+        small_sizes = [self._small_size(size, factor) for (size, *_) in sizes]
+        if lowres_codes is not None:
+            grids = [
+                self._code_grid(codes, *size) for codes, size in _paired("lowres_codes", lowres_codes, small_sizes)
+            ]
+            return [self._lowres_ids(grid) for grid in grids], {}
+        pictures, is_one_size = _flat(lowres_images), len(set(small_sizes)) == 1
+        paired = list(_paired("lowres_images", pictures, small_sizes))
+        pixels: Any = (
+            self._pixels(pictures, *small_sizes[0], options)["pixel_values"]
+            if is_one_size
+            else [self._pixels([picture], *size, options)["pixel_values"][0] for picture, size in paired]
+        )
+        if self.image_tokenizer is not None:
+            return [self._lowres_ids(grid) for grid in encode_pixels(self.image_tokenizer, pixels)], {}
+        places = [[self.image_token_id] * self._num_codes(*size) for size in small_sizes]
+        return [lowres_ids(self.tokenizer, ids) for ids in places], {"pixel_values": pixels}
+
+    def _small_size(self, size: Size, factor: int) -> Size:
+        check_image_size(*size, factor * self.downsample_factor)
+        height, width = (side // factor for side in size)
+        return height, width
+
+    def _lowres_ids(self, grid: torch.Tensor) -> list[int]:
+        return lowres_ids(self.tokenizer, (grid.flatten() + self.image_token_offset).tolist())
 
     def _negative_ids(self, negative_prompt: str | None, size: Size) -> list[int]:
         if negative_prompt is None:
@@ -540,10 +554,7 @@ class MarsProcessor(ProcessorMixin):
         """Turn pictures into their ids, codes as emitted or places of codes, and what the model needs beside them."""
         if not pictures:
             return [], {}
-        images_kwargs = dict(options["images_kwargs"], height=height, width=width)
-        if self.image_tokenizer is not None:
-            images_kwargs["return_tensors"] = "pt"
-        features = dict(self.image_processor(pictures, **images_kwargs))
+        features = self._pixels(pictures, height, width, options)
         sizes = features["image_sizes"] = torch.as_tensor(features["image_sizes"]).tolist()
         for size in sizes:
             self._check_order(size, codes_per_step)
@@ -551,6 +562,12 @@ class MarsProcessor(ProcessorMixin):
             return [[self.image_token_id] * self._num_codes(*size) for size in sizes], features
         grids = encode_pixels(self.image_tokenizer, features.pop("pixel_values"))
         return [self._code_ids(grid, codes_per_step) for grid in grids], features
+
+    def _pixels(self, pictures: list[Any], height: Any, width: Any, options: dict[str, Any]) -> dict[str, Any]:
+        images_kwargs = dict(options["images_kwargs"], height=height, width=width)
+        if self.image_tokenizer is not None:
+            images_kwargs["return_tensors"] = "pt"
+        return dict(self.image_processor(pictures, **images_kwargs))
 
     def _code_ids(self, grid: torch.Tensor, codes_per_step: int) -> list[int]:
         return (to_emission_order(grid, codes_per_step, self.code_order) + self.image_token_offset).tolist()
@@ -615,7 +632,10 @@ class MarsProcessor(ProcessorMixin):
             tokenize (`bool`, defaults to `False`): Return ids instead of a string.
             return_dict (`bool`, defaults to `False`): Return all inputs of the model, not only `input_ids`.
             return_tensors (`str`, *optional*, defaults to `"pt"`): Type of the tensors.
-            processor_kwargs (`dict`, *optional*): Arguments of the tokenizer and the image processor.
+            processor_kwargs (`dict`, *optional*):
+                Arguments of the tokenizer and the image processor, and of [`MarsProcessor.__call__`] those of
+                pictures: `generation_mode="interleaved"` with sizes of those that the answer may have, `height` and
+                `width`, `image_sizes`, `negative_prompt`, `codes_per_step`.
             kwargs: `add_generation_prompt`, `continue_final_message`, and variables of the template.
 
         Returns:
@@ -629,8 +649,13 @@ class MarsProcessor(ProcessorMixin):
         conversations = conversation if isinstance(conversation[0], (list, tuple)) else [conversation]
         rows = [self._chat_row(messages, chat_template, **kwargs) for messages in conversations]
         types = {} if return_tensors == "auto" else {"return_tensors": return_tensors}
-        options = self._options(**types, **(processor_kwargs or {}))
-        batch = self._batch(self._reading_data(rows, None, None, 1, options), options)
+        given = dict(processor_kwargs or {})
+        mode, k = given.pop("generation_mode", None), _check_codes_per_step(given.pop("codes_per_step", None))
+        if mode not in (None, "interleaved"):
+            raise ValueError(f"`generation_mode` of a chat is 'interleaved' or left out, got {mode!r}.")
+        names = ("height", "width", "image_sizes", "negative_prompt")
+        target = {name: given.pop(name) for name in names if name in given}
+        batch = self._rows_batch(rows, k, self._options(**types, **given), mode, **target)
         return batch if return_dict else batch["input_ids"]
 
     def _chat_row(self, messages: Sequence[Any], chat_template: str | None, **kwargs: Any) -> Row:
@@ -668,18 +693,21 @@ class MarsProcessor(ProcessorMixin):
         drop_caption: bool = False,
         max_length: int | None = None,
         codes_per_step: int = 1,
+        lowres_codes: torch.Tensor | Sequence[int] | None = None,
     ) -> dict[str, list[int]]:
         r"""
         Write one training row from a caption and a picture's codes.
 
         - `"text-to-image"`: `{caption} {height}x{width}`, `<img>`, codes, `</img>`; the codes are labelled.
+        - `"super-resolution"`: the same with `<lowres>`, `lowres_codes`, `</lowres>` before `<img>`; only the codes
+          behind it are labelled.
         - `"captioning"`: `<img>`, codes, `</img>`, a line end, the caption, `<|endoftext|>`; all that follows
           `</img>` is labelled.
 
         Codes stand in the processor's `code_order`.
 
         Args:
-            task (`str`): `"text-to-image"` or `"captioning"`.
+            task (`str`): `"text-to-image"`, `"super-resolution"` or `"captioning"`.
             caption (`str`): Tokens written in it stay text.
             image_codes (`torch.LongTensor` or `list[int]`): Codebook indices in raster order.
             height (`int`): Of the picture, in pixels.
@@ -687,6 +715,8 @@ class MarsProcessor(ProcessorMixin):
             drop_caption (`bool`, defaults to `False`): Replace the caption by `<null>`, as guidance will.
             max_length (`int`, *optional*): Longest row allowed. `None` takes the tokenizer's `model_max_length`.
             codes_per_step (`int`, defaults to 1): Copies of `<img>`: the K of next-K-token prediction.
+            lowres_codes (`torch.LongTensor` or `list[int]`, *optional*):
+                Codebook indices in raster order of the picture `super_resolution_factor` times smaller on each side.
 
         Returns:
             `dict[str, list[int]]`: `input_ids` and `labels` of one length; labels stand at the place of their own
@@ -697,7 +727,13 @@ class MarsProcessor(ProcessorMixin):
         """
         k = _check_codes_per_step(codes_per_step)
         picture_ids = self._code_ids(self._code_grid(image_codes, height, width), k)
-        return self._training_row(task, caption, picture_ids, (height, width), drop_caption, max_length, k)
+        small: list[int] = []
+        if (task == "super-resolution") != (lowres_codes is not None):
+            raise ValueError(f"`lowres_codes` go with the task 'super-resolution' and only with it, got {task!r}.")
+        if lowres_codes is not None:
+            size = self._small_size((height, width), self._require_factor())
+            small = self._lowres_ids(self._code_grid(lowres_codes, *size))
+        return self._training_row(task, caption, picture_ids, (height, width), drop_caption, max_length, k, small)
 
     def training_document(
         self, segments: Sequence[Any], codes_per_step: int = 1, max_length: int | None = None
@@ -733,7 +769,7 @@ class MarsProcessor(ProcessorMixin):
             picture_ids = self._code_ids(self._code_grid(part["image_codes"], *sizes[-1]), k)
             ids += self._bracket(picture_ids, k)
             labels += [self.image_start_token_id, *[IGNORED_LABEL] * (k - 1), *picture_ids, IGNORED_LABEL]
-        end = _id_of(self.tokenizer, END_OF_TEXT)
+        end = token_id(self.tokenizer, END_OF_TEXT)
         _refuse_longer_than(self.tokenizer.model_max_length if max_length is None else max_length, len(ids) + 1)
         return {"input_ids": [*ids, end], "labels": [*labels, end], "image_sizes": sizes}
 
@@ -746,21 +782,23 @@ class MarsProcessor(ProcessorMixin):
         drop_caption: bool,
         max_length: int | None,
         codes_per_step: int,
+        small_picture: Sequence[int] = (),
     ) -> dict[str, list[int]]:
         picture = self._bracket(picture_ids, codes_per_step)
-        if task == "text-to-image":
+        if task == "text-to-image" or small_picture:
             full = prompt_ids(self.tokenizer, caption, *size)
             text = null_prompt_ids(self.tokenizer, *size) if drop_caption else full
+            text = [*text, *small_picture]
             ids = text + picture
             labels = [IGNORED_LABEL] * (len(text) + codes_per_step) + picture_ids + [IGNORED_LABEL]
         elif task == "captioning" and not drop_caption:
-            text = [*text_ids(self.tokenizer, "\n" + caption), _id_of(self.tokenizer, END_OF_TEXT)]
+            text = [*text_ids(self.tokenizer, "\n" + caption), token_id(self.tokenizer, END_OF_TEXT)]
             ids = picture + text
             labels = [IGNORED_LABEL] * len(picture) + text
         else:
             raise ValueError(
-                f"`task` must be 'text-to-image' or 'captioning', and only the first can drop its caption; got "
-                f"task={task!r} and drop_caption={drop_caption}."
+                "`task` must be 'text-to-image' or 'captioning' ('super-resolution' with `training_example`), and "
+                f"captioning cannot drop its caption; got task={task!r} and drop_caption={drop_caption}."
             )
         _refuse_longer_than(self.tokenizer.model_max_length if max_length is None else max_length, len(ids))
         return {"input_ids": ids, "labels": labels}
@@ -1006,6 +1044,12 @@ def _list_of_prompts(text: Any) -> list[str]:
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"`text` must be a prompt or a list of at least one prompt, got {text!r}.")
     return prompts
+
+
+def _paired(name: str, values: Sequence[Any], sizes: list[Size]) -> Iterator[tuple[Any, Size]]:
+    if len(values) != len(sizes):
+        raise ValueError(f"`{name}` needs one picture for each prompt: got {len(values)} for {len(sizes)}.")
+    return zip(values, sizes, strict=True)
 
 
 def _per_row(name: str, value: Any, count: int) -> list[Any]:

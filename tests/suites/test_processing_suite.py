@@ -13,7 +13,7 @@ from transformers_tests.test_image_processing_common import ImageProcessingTeste
 from transformers_tests.test_processing_common import ProcessorTesterMixin
 
 from mars_hf import MarsConfig, MarsImageProcessor, MarsImageProcessorPil, MarsProcessor
-from mars_hf.processing_mars import extend_tokenizer
+from mars_hf.prompts_mars import extend_tokenizer
 
 DOWNSAMPLE_FACTOR = 4
 

@@ -1,5 +1,6 @@
 """Commands of the workshop: data, checkpoints, training and evaluation."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -59,6 +60,10 @@ def data_encode(
         list[str] | None, typer.Option(metavar="THEIRS=OURS", help="Rename a column, e.g. text=caption_en.")
     ] = None,
     streaming: Annotated[bool, typer.Option("--streaming", help="Read the data on the way, without a copy.")] = False,
+    lowres_factor: Annotated[
+        int | None,
+        typer.Option(help="For super-resolution: also encode pictures so many times smaller. [default: do not]"),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Turn the pictures of a data set into image codes, once, for training."""
@@ -79,7 +84,7 @@ def data_encode(
         wanted = (
             {"height": size[0], "width": size[1]} if size else {"shortest_edge": short_side} if short_side else None
         )
-        numbers = {"batch_size": batch_size, "shard_size": shard_size, "limit": limit}
+        numbers = {"batch_size": batch_size, "shard_size": shard_size, "limit": limit, "lowres_factor": lowres_factor}
         tokenizer = load_image_tokenizer(model, device)
         typer.echo(f"{out}: {encode_records(records, out, *tokenizer, wanted, split, rules=rules, **numbers)}")
 
@@ -126,15 +131,45 @@ def export(
     separate_frozen: Annotated[
         bool, typer.Option("--separate-frozen", help="Store the frozen part in a file of its own.")
     ] = False,
+    gallery: Annotated[int, typer.Option(metavar="N", min=0, help="Draw N pictures for the model card.")] = 0,
+    results: Annotated[
+        Path | None, typer.Option(help="A results.json of `evaluate`, for the model card.", show_default="none")
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO", help="Upload to this repository of the Hub; again, to continue.", show_default="none"
+        ),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public, not private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what --push would upload, and stop.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Write a checkpoint as a complete Hub folder, which loads with `trust_remote_code=True` and without mars_hf."""
-    with _one_line_errors(debug):
-        from mars_hf.hub import export_folder
+    """
+    Write a checkpoint as a complete Hub folder, which loads with `trust_remote_code=True` and without mars_hf.
 
-        storage = {"weights_dtype": weights_dtype, "separate_frozen": separate_frozen}
-        export_folder(model, out, overwrite=overwrite, **storage)
-        typer.echo(str(out))
+    With --push an earlier export in DIR is uploaded as it stands, unless --overwrite is given.
+    """
+    with _one_line_errors(debug):
+        if push is None and (public or dry_run):
+            raise ValueError("`--public` and `--dry-run` go with `--push REPO`.")
+        from mars_hf.hub import export_folder, is_export
+        from mars_hf.upload import check_repo_id, check_upload, files_to_upload, upload_folder
+
+        if push is not None:
+            check_repo_id(push) if dry_run else check_upload(push)
+        content = {"weights_dtype": weights_dtype, "gallery": gallery, "results": results}
+        if push is None or overwrite or not is_export(out):
+            export_folder(model, out, overwrite=overwrite, separate_frozen=separate_frozen, **content)
+            typer.echo(str(out))
+        elif separate_frozen or any(content.values()) or model != DEFAULT_CHECKPOINT:
+            raise ValueError(f"{out} holds an earlier export. Leave options that change it out, or add --overwrite.")
+        if dry_run:
+            sizes = files_to_upload(out)
+            typer.echo("\n".join(f"{size:>15,} {name}" for name, size in sizes.items()))
+            typer.echo(f"{sum(sizes.values()):>15,} bytes in {len(sizes)} files would go to {push}")
+        elif push is not None:
+            typer.echo(upload_folder(out, push, private=not public))
 
 
 @app.command()
@@ -177,27 +212,47 @@ def convert(
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or a recipe of the package such as emoji/stage1.")],
-    out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run there is continued.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; an interrupted run there is continued.", show_default=False)
+    ] = None,
     compile_pictures: Annotated[
         bool, typer.Option("--compile", help="Compile what follows the prompts; takes a C++ compiler.")
     ] = False,
     allow_changes: Annotated[
         bool, typer.Option("--allow-changes", help="Continue although recipe, data or processes differ.")
     ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Train nothing, tell what it would cost.")] = False,
+    gpus: Annotated[int, typer.Option(help="Of a dry run; several share weights and states (FSDP2).")] = 1,
+    utilisation: Annotated[float, typer.Option(help="Of a dry run: share of the peak that is reached.")] = 0.4,
+    peak_tflops: Annotated[float, typer.Option(help="Of a dry run: of one GPU, an A100 in bfloat16.")] = 312.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Of a dry run: print JSON instead of tables.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Train a stage by its recipe, on one device; on many, see `examples/train.py`."""
+    """Train a stage by its recipe, on one device; on many, see `examples/train.py`. Or tell what it would cost."""
     with _one_line_errors(debug):
         from mars_hf.training.recipe import Recipe
+
+        loaded = Recipe.load(recipe)
+        if dry_run:
+            from mars_hf.training.estimate import PAPER_STAGES, estimate_cost, paper_utilisation
+
+            cost = estimate_cost(loaded, gpus, utilisation, peak_tflops)
+            paper = paper_utilisation() if recipe in PAPER_STAGES else None
+            if as_json:
+                return typer.echo(json.dumps({**cost.to_dict(), "paper": paper and paper.to_dict()}, indent=2))
+            return typer.echo("\n\n".join(map(str, filter(None, (cost, paper)))))
+        if out is None:
+            raise ValueError("`--out` is missing: the folder of the run. Only a `--dry-run` needs none.")
         from mars_hf.training.run import train as run
 
-        typer.echo(str(run(Recipe.load(recipe), out, compile_pictures, allow_changes)))
+        typer.echo(str(run(loaded, out, compile_pictures, allow_changes)))
 
 
 @app.command()
 def evaluate(
     config: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="YAML file, or one in the package: emoji, coco, compbench.")
+        str,
+        typer.Argument(metavar="CONFIG", help="YAML file, or one in the package: emoji, coco, compbench, geneval."),
     ],
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value, e.g. prompts.limit=100.")

@@ -27,7 +27,8 @@ from ..configuration_mars import MarsConfig
 from ..hub import CardFacts, export_checkpoint
 from ..image_processing_mars import MarsImageProcessor
 from ..modeling_mars import MarsForConditionalGeneration
-from ..processing_mars import END_OF_TEXT, MarsProcessor
+from ..processing_mars import MarsProcessor
+from ..prompts_mars import END_OF_TEXT
 from .checkpoints import (
     Checkpoint,
     as_bytes,

@@ -8,6 +8,7 @@ file. `open_records` reads the folder.
 What this file leaves to others: pixels (the image processor), and which records are good (`records.py`).
 """
 
+import copy
 import json
 import os
 from collections import Counter
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from PIL import Image
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..configuration_mars import MarsConfig
@@ -93,12 +95,14 @@ def encode_records(
     rules: RecordRules = RecordRules(),  # noqa: B008
     limit: float = 0.01,
     progress: bool = True,
+    lowres_factor: int | None = None,
 ) -> BadRecords:
     """
     Replace the pictures of records by their codes; run again after an interruption, it continues.
 
-    `image_codes`, `height` and `width` take the place of `image`, in `segments` too; all other columns stay. Bad
-    records are left out and counted, there and in `codes.json`.
+    `image_codes`, `height` and `width` take the place of `image`, in `segments` too; all other columns stay. For
+    super-resolution, `lowres_codes` are those of the same picture scaled down. Bad records are left out and counted,
+    there and in `codes.json`.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): From [`open_records`].
@@ -115,6 +119,8 @@ def encode_records(
         rules ([`RecordRules`]): What a record has to be.
         limit (`float`, defaults to 0.01): Share of broken records that stops the run, see [`BadRecords`].
         progress (`bool`, defaults to `True`): Show a progress bar.
+        lowres_factor (`int`, *optional*):
+            How many times smaller, on each side, the pictures of `lowres_codes` are (Stage III); None makes none.
 
     Returns:
         [`BadRecords`]: What was left out.
@@ -125,19 +131,31 @@ def encode_records(
     """
     if batch_size < 1 or shard_size < 1:
         raise ValueError(f"`batch_size` and `shard_size` must be at least 1, got {batch_size} and {shard_size}.")
+    if lowres_factor is not None and (lowres_factor < 2 or "image" not in dataset.features):
+        raise ValueError(
+            f"`lowres_factor` must be 2 or more, for records with an `image`, got {lowres_factor} and the columns "
+            f"{list(dataset.features)}."
+        )
     out, features = Path(out), _coded_features(dataset.features)
+    if lowres_factor is not None:
+        features = Features({**features, "lowres_codes": CODE_COLUMNS["image_codes"]})
+        image_processor = copy.copy(image_processor)
+        image_processor.downsample_factor *= lowres_factor  # small pictures have whole codes too
     rules = replace(rules, min_size=max(rules.min_size, image_processor.downsample_factor))
     size = dict(size or image_processor.size)
     to_pixels = partial(image_processor, size=size, return_tensors="pt")
     to_pixels(Image.new("RGB", (rules.min_size, rules.min_size)))  # refuses a wrong size before any work
     settings = {name: image_processor.to_dict()[name] for name in PIXEL_SETTINGS}
     recipe = {"size": size, **settings, "shard_size": shard_size, "rules": asdict(rules)}
+    if lowres_factor is not None:
+        recipe["lowres_factor"] = lowres_factor
     num_records = None if isinstance(dataset, IterableDataset) else len(dataset)
     manifest, done = _manifest_of(out, vqgan, recipe, split, num_records)
     bad_records = BadRecords("skip", limit, num_records, done["seen"], reasons=Counter(done["left_out"]))
     if done["complete"]:
         return bad_records
-    encode = partial(_encode, vqgan=vqgan, to_pixels=to_pixels, batch_size=batch_size, rules=rules)
+    options = {"batch_size": batch_size, "rules": rules, "lowres_factor": lowres_factor}
+    encode = partial(_encode, vqgan=vqgan, to_pixels=to_pixels, **options)
     records = enumerate(undecoded(dataset.skip(done["seen"])), start=done["seen"])
     with tqdm(total=num_records, initial=done["seen"], desc="Encoding", unit="record", disable=not progress) as bar:
         for shard in _chunks(records, shard_size):
@@ -184,6 +202,7 @@ def _encode(
     to_pixels: Callable[..., Any],
     batch_size: int,
     rules: RecordRules,
+    lowres_factor: int | None,
 ) -> list[dict[str, Any]]:
     rows, pictures = [], []
     for index, record in records:
@@ -195,10 +214,20 @@ def _encode(
     pictures.sort(key=_size_of)
     for (height, width), alike in groupby(pictures, key=_size_of):
         for batch in _chunks(alike, batch_size):
-            grids = encode_pixels(vqgan, [pixels for _, pixels in batch])
-            for (fields, _), codes in zip(batch, grids, strict=True):
+            pixels = torch.stack([pixels for _, pixels in batch])
+            for (fields, _), codes in zip(batch, encode_pixels(vqgan, pixels), strict=True):
                 fields |= {"image_codes": codes.flatten().tolist(), "height": height, "width": width}
+            if lowres_factor is not None:
+                small = scale_down(pixels, lowres_factor)
+                for (fields, _), codes in zip(batch, encode_pixels(vqgan, small), strict=True):
+                    fields["lowres_codes"] = codes.flatten().tolist()
     return rows
+
+
+def scale_down(pixels: torch.Tensor, factor: int) -> torch.Tensor:
+    """Make pixels `(num, 3, height, width)` in [-1, 1] so many times smaller on each side; bicubic, antialiased."""
+    size = (pixels.shape[-2] // factor, pixels.shape[-1] // factor)
+    return F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def _size_of(picture: tuple[dict[str, Any], torch.Tensor]) -> tuple[int, ...]:

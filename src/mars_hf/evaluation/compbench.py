@@ -95,11 +95,13 @@ class Detection:
         label (`str`): Its name.
         score (`float`): How sure the detector is, 0 to 1.
         box (`tuple[float, float, float, float]`): Left, top, right, bottom, as shares of the picture's longer side.
+        mask (`PIL.Image.Image`, *optional*): Its pixels, white on black, from a detector that tells them.
     """
 
     label: str
     score: float
     box: tuple[float, float, float, float]
+    mask: Image.Image | None = None
 
 
 class Detector:
@@ -111,12 +113,13 @@ class Detector:
         threshold (`float`, defaults to 0.3): Least score of an object. Not the benchmark's, whose detector is another.
     """
 
+    kind, auto_class = "detector", AutoModelForObjectDetection
+
     def __init__(self, path: str | os.PathLike, threshold: float = 0.3):
-        load = AutoModelForObjectDetection.from_pretrained
-        self.model, folder = load_evaluator(str(path), "object detector", [], load)
+        self.model, folder = load_evaluator(str(path), "object detector", [], self.auto_class.from_pretrained)
         self.image_processor = AutoImageProcessor.from_pretrained(folder)
         self.threshold = threshold
-        self.name = f"detector-{fingerprint(folder)[:16]}"
+        self.name = f"{self.kind}-{fingerprint(folder)[:16]}"
         self.labels = {label.lower() for label in self.model.config.id2label.values()}
 
     def to(self, device: torch.device) -> "Detector":

@@ -25,7 +25,7 @@ import yaml
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
-from .prompts import PROMPT_KINDS, CocoPrompts, CompBenchPrompts, EmojiPrompts, JsonlPrompts
+from .prompts import PROMPT_KINDS, CocoPrompts, CompBenchPrompts, EmojiPrompts, GenEvalPrompts, JsonlPrompts
 
 SHIPPED = Path(__file__).parent / "configs"
 RESERVED_RUNS = ("references", "reconstructions")
@@ -152,6 +152,30 @@ class CompBenchMetric:
 
 @strict
 @dataclass
+class GenEvalMetric:
+    """
+    The evaluators of GenEval.
+
+    Args:
+        detector (`str`): A Mask2Former or MaskFormer, or any object detector.
+        clip (`str`, *optional*): A `CLIPModel`, for prompts that ask about colors.
+        threshold (`float`, defaults to 0.3): An object is one that the detector is surer of, 0 to 1.
+        counting_threshold (`float`, defaults to 0.9): The same, for the task of counting.
+    """
+
+    detector: str
+    clip: str | None = None
+    threshold: Number = 0.3
+    counting_threshold: Number = 0.9
+
+    def validate_thresholds(self) -> None:
+        for name in ("threshold", "counting_threshold"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be 0 or more and below 1, got {getattr(self, name)}.")
+
+
+@strict
+@dataclass
 class MetricsConfig:
     """
     What is measured.
@@ -163,6 +187,7 @@ class MetricsConfig:
         retrieval ([`ClipMetric`], *optional*): Is a picture's own prompt the nearest of its group's?
         frechet ([`FrechetMetric`], *optional*): Needs true pictures.
         compbench ([`CompBenchMetric`], *optional*): Needs prompts of its kinds.
+        geneval ([`GenEvalMetric`], *optional*): Needs prompts of its kind.
     """
 
     clip_score: ClipMetric | None = None
@@ -170,6 +195,7 @@ class MetricsConfig:
     retrieval: ClipMetric | None = None
     frechet: FrechetMetric | None = None
     compbench: CompBenchMetric | None = None
+    geneval: GenEvalMetric | None = None
 
 
 @strict
@@ -203,7 +229,7 @@ class EvaluationConfig:
 
     Args:
         out (`str`): Folder of pictures, measurements and results; an interrupted evaluation there is continued.
-        prompts: What is drawn; `kind` is `emoji`, `coco`, `compbench` or `jsonl`.
+        prompts: What is drawn; `kind` is `emoji`, `coco`, `compbench`, `geneval` or `jsonl`.
         drawing ([`DrawingConfig`]): What all runs share.
         runs (`dict[str, RunConfig]`): Ways of sampling, by name.
         metrics ([`MetricsConfig`]): What is measured.
@@ -216,7 +242,7 @@ class EvaluationConfig:
     """
 
     out: str
-    prompts: EmojiPrompts | CocoPrompts | CompBenchPrompts | JsonlPrompts
+    prompts: EmojiPrompts | CocoPrompts | CompBenchPrompts | GenEvalPrompts | JsonlPrompts
     drawing: DrawingConfig
     runs: dict[str, RunConfig]
     metrics: MetricsConfig
@@ -249,7 +275,8 @@ def load_config(source: str | Path, changes: Sequence[str] = ()) -> EvaluationCo
     Read an evaluation from YAML.
 
     Args:
-        source (`str` or `Path`): A file, or the name of a configuration in the package: `emoji`, `coco`, `compbench`.
+        source (`str` or `Path`):
+            A file, or the name of a configuration in the package: `emoji`, `coco`, `compbench`, `geneval`.
         changes (`Sequence[str]`): Values to set on top, as `"prompts.data=data/emoji-64"`; values are YAML.
 
     Raises:

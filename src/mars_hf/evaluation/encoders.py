@@ -18,6 +18,26 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from .provenance import checkpoint_folder, fingerprint
 
 
+def evaluator_config(path: str, what: str) -> tuple[Any, Path]:
+    """
+    Find an evaluator.
+
+    Args:
+        path (`str`): Folder or Hub name.
+        what (`str`): What errors call it.
+
+    Returns:
+        `tuple`: Its configuration and its folder.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    folder = checkpoint_folder(path)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: it is no {what}.")
+    return AutoConfig.from_pretrained(folder), folder
+
+
 def load_evaluator(path: str, what: str, model_types: Sequence[str], load: Callable[[Path], Any]) -> tuple[Any, Path]:
     """
     Load an evaluator.
@@ -34,12 +54,11 @@ def load_evaluator(path: str, what: str, model_types: Sequence[str], load: Calla
     Raises:
         ValueError: If there is none, or it is of another type.
     """
-    folder = checkpoint_folder(path)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: it is no {what}.")
-    model_type = AutoConfig.from_pretrained(folder).model_type
-    if model_types and model_type not in model_types:
-        raise ValueError(f"{folder} holds a model of type {model_type!r}; a {what} is of {' or '.join(model_types)}.")
+    config, folder = evaluator_config(path, what)
+    if model_types and config.model_type not in model_types:
+        raise ValueError(
+            f"{folder} holds a model of type {config.model_type!r}; a {what} is of {' or '.join(model_types)}."
+        )
     return load(folder).eval(), folder
 
 

@@ -21,7 +21,16 @@ from .compbench import CompBench, Detector, QuestionAnswerer
 from .config import EvaluationConfig, RunConfig
 from .drawing import Drawer, Reconstructions, References
 from .encoders import ClipEncoder, InceptionEncoder, VisionEncoder
-from .metrics import best_of, clip_scores, frechet_distance, frechet_interval, mean_interval, retrieval_hits
+from .geneval import GenEval, load_detector
+from .metrics import (
+    best_of,
+    clip_scores,
+    frechet_distance,
+    frechet_interval,
+    grouped_mean_interval,
+    mean_interval,
+    retrieval_hits,
+)
 from .pictures import PictureFolder, Processes, write_atomically
 from .provenance import checkpoint_folder, fingerprint, library_versions
 from .results import Score, as_rows, report
@@ -117,6 +126,12 @@ class Evaluation:
                     f"the detector has no word for {len(unknown)} objects of the prompts, whose pictures score 0 for "
                     f"their place: {', '.join(unknown[:20])}{', ...' if len(unknown) > 20 else ''}."
                 )
+        self.geneval = None
+        if (asked := metrics.geneval) is not None:
+            clip = (self.clips.get(asked.clip) or ClipEncoder(asked.clip)) if asked.clip else None
+            detector = load_detector(asked.detector, min(asked.threshold, asked.counting_threshold))
+            self.geneval = GenEval(self.prompts, detector, clip, asked.threshold, asked.counting_threshold)
+            self.notes += self.geneval.notes()
         if metrics.best_of is not None and max(self._counts().values()) < 2:
             raise ValueError("`metrics.best_of` needs a run with `pictures_per_prompt` of 2 or more.")
 
@@ -172,12 +187,14 @@ class Evaluation:
             for folder in self.folders.values():
                 self._measure(folder, encoder.name, lambda pictures, _, encoder=encoder: encoder.images(pictures))
             encoder.to(torch.device("cpu"))
-        if self.compbench is not None:
-            for _, name, tool, rows in self._compbench_parts():
-                tool.to(self.processes.device)
-                for run in self.config.runs:
-                    self._measure(self.folders[run], name, rows)
-                tool.to(torch.device("cpu"))
+        parts = [(name, tool, rows) for _, name, tool, rows in self._compbench_parts()] if self.compbench else []
+        if self.geneval is not None:
+            parts.append((self.geneval.name, self.geneval, self.geneval.rows))
+        for name, tool, rows in parts:
+            tool.to(self.processes.device)
+            for run in self.config.runs:
+                self._measure(self.folders[run], name, rows)
+            tool.to(torch.device("cpu"))
 
     def _measure(self, folder: PictureFolder, name: str, function: Any) -> None:
         folder.measure(name, function, self.processes, self.config.drawing.batch_size, self.show)
@@ -223,6 +240,9 @@ class Evaluation:
                 named[tool] = f"{getattr(metrics.compbench, tool)} ({model.name})"
         if self.compbench is not None and metrics.compbench.clip:
             named["compbench_clip"] = f"{metrics.compbench.clip} ({self.clips[metrics.compbench.clip].name})"
+        for tool in ("detector", "clip"):
+            if self.geneval is not None and (model := getattr(self.geneval, tool)):
+                named[f"geneval_{tool}"] = f"{getattr(metrics.geneval, tool)} ({model.name})"
         return named
 
     @staticmethod
@@ -232,7 +252,7 @@ class Evaluation:
     def _scores(self) -> Iterator[Score]:
         """Yield every score: run by run, single pictures before the best of N."""
         self.texts = {path: self._texts(path, [p.text for p in self.prompts.prompts]) for path in self.clips}
-        totals = {run: self._compbench_total(run) for run in self.config.runs} if self.compbench else {}
+        totals = {run: self._benchmark_totals(run) for run in self.config.runs}
         order = [*self.config.runs, *(name for name in self.folders if name not in self.config.runs)]
         for run in tqdm(order, desc="Computing scores", unit="run", disable=not self.show):
             if run == "references" and not self.config.references:
@@ -246,10 +266,10 @@ class Evaluation:
             for pictures, choice in chosen.items():
                 for group, numbers in self.prompts.groups().items():
                     yield from self._group_scores(run, pictures, group, torch.tensor(numbers), choice)
-                    if run in totals:
-                        yield self._mean_score(
-                            run, pictures, group, "compbench", totals[run][numbers], choice[numbers]
-                        )
+                    for metric, values in totals.get(run, {}).items():
+                        yield self._mean_score(run, pictures, group, metric, values[numbers], choice[numbers])
+                if self.geneval is not None and run in totals:
+                    yield self._overall(run, pictures, totals[run]["geneval"].gather(1, choice))
 
     def _texts(self, path: str, texts: list[str]) -> torch.Tensor:
         features, cut = self.clips[path].texts(texts)
@@ -287,6 +307,20 @@ class Evaluation:
         means = values.gather(1, picks).double().mean(1)
         interval = mean_interval(means, **asdict(self.config.interval))
         return Score(run, pictures, group, metric, means.mean().item(), interval, len(means))
+
+    def _overall(self, run: str, pictures: str, values: torch.Tensor) -> Score:
+        """Average GenEval's tasks, whose numbers of prompts differ."""
+        groups = [values[numbers].double().mean(1) for numbers in self.prompts.groups().values()]
+        interval = grouped_mean_interval(groups, **asdict(self.config.interval))
+        overall = torch.stack([group.mean() for group in groups]).mean().item()
+        return Score(run, pictures, "mean of groups", "geneval", overall, interval, len(values))
+
+    def _benchmark_totals(self, run: str) -> dict[str, torch.Tensor]:
+        """Give the benchmarks' scores of every picture of a run, in percent."""
+        totals = {"compbench": self._compbench_total(run)} if self.compbench else {}
+        if self.geneval is not None:
+            totals["geneval"] = 100 * self.folders[run].measured(self.geneval.name)
+        return totals
 
     def _compbench_total(self, run: str) -> torch.Tensor:
         """Give T2I-CompBench's score of every picture of a run."""

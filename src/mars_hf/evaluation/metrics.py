@@ -2,7 +2,7 @@
 The numbers: CLIPScore, best-of-N, retrieval, Fréchet distance, and intervals by bootstrap.
 
 All of them work on features that were kept, so that they cost seconds. What this file leaves to others: the models
-that make features, and T2I-CompBench.
+that make features, T2I-CompBench and GenEval.
 """
 
 from collections.abc import Sequence
@@ -131,12 +131,32 @@ def mean_interval(
     Returns:
         `tuple[float, float]`: Its ends, or `None` of fewer than two values.
     """
+    return grouped_mean_interval([values], confidence, resamples, seed)
+
+
+def grouped_mean_interval(
+    groups: Sequence[torch.Tensor], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float] | None:
+    """
+    Bootstrap interval of the mean of groups' means (percentiles), by scipy: each group is resampled by itself.
+
+    Args:
+        groups (`Sequence[torch.Tensor]`, each of shape `(prompts,)`): One value for each prompt.
+
+    Returns:
+        `tuple[float, float]`: Its ends, or `None` if a group has fewer than two values.
+    """
     from scipy.stats import bootstrap
 
-    if len(values) < 2:
+    if min(map(len, groups)) < 2:
         return None
+
+    def mean_of_means(*resampled: np.ndarray, axis: int) -> np.ndarray:
+        return np.mean([values.mean(axis) for values in resampled], axis=0)
+
     options = {"confidence_level": confidence, "n_resamples": resamples, "method": "percentile", "batch": 100}
-    found = bootstrap((values.double().numpy(),), np.mean, rng=np.random.default_rng(seed), **options)
+    values = [group.double().numpy() for group in groups]
+    found = bootstrap(values, mean_of_means, rng=np.random.default_rng(seed), **options)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 

@@ -1,8 +1,8 @@
 """
 What is drawn: prompts in groups, each measured by itself, with their true pictures where there are any.
 
-A group is a language (emoji), a category (T2I-CompBench) or everything (COCO). What this file leaves to others:
-drawing, and what the parts of a T2I-CompBench prompt are for (`mars_hf.evaluation.parts`).
+A group is a language (emoji), a category (T2I-CompBench), a task (GenEval) or everything (COCO). What this file
+leaves to others: drawing, and what benchmarks ask about a prompt (`mars_hf.evaluation.parts`, `.scenes`).
 """
 
 import json
@@ -17,6 +17,7 @@ from PIL import Image
 
 from ..data.text import with_style
 from .parts import CATEGORIES, PromptParts, load_parser, parse_prompt
+from .scenes import TASKS, Scene, read_scene
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,14 @@ class Prompt:
         text (`str`): What is asked for.
         group (`str`, defaults to `"all"`): Prompts of a group are measured together.
         parts ([`PromptParts`], *optional*): What T2I-CompBench asks about.
+        scene ([`Scene`], *optional*): What GenEval looks for.
     """
 
     id: str
     text: str
     group: str = "all"
     parts: PromptParts | None = None
+    scene: Scene | None = None
 
 
 class PromptSet:
@@ -215,6 +218,65 @@ class CompBenchPrompts:
         return [line for line in lines if line]
 
 
+def _read_lines(path: Path) -> list[tuple[int, str]]:
+    """Read lines with their numbers, from 1, without empty ones."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist.")
+    lines = enumerate(path.read_text(encoding="utf-8").split("\n"), start=1)
+    return [(number, line) for number, line in lines if line.strip()]
+
+
+def _read_entry(line: str, known: Sequence[str], where: str) -> dict[str, Any]:
+    """Read a JSON object with a `prompt` and other known keys."""
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: no valid JSON: {error}") from None
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        raise ValueError(f"{where}: expected an object with a `prompt`, got {line[:80]}")
+    if unknown := [key for key in entry if key not in known]:
+        raise ValueError(f"{where}: unknown key `{unknown[0]}`; known are {', '.join(known)}.")
+    return entry
+
+
+@strict
+@dataclass
+class GenEvalPrompts:
+    """
+    Prompts of GenEval (https://huggingface.co/papers/2310.11513), a group for each task.
+
+    Args:
+        file (`str`): `prompts/evaluation_metadata.jsonl` of the benchmark's repository, or one of that format.
+        tasks (`list[str]`, *optional*): Defaults to those in the file.
+        limit (`int`, *optional*): So many prompts of each task, chosen at random.
+        seed (`int`, defaults to 0): Of that choice.
+    """
+
+    file: str
+    tasks: list[str] | None = None
+    limit: int | None = None
+    seed: int = 0
+
+    def load(self) -> PromptSet:
+        """Read the prompts; ids count them from 0, as the benchmark's folders of pictures do."""
+        path = Path(self.file)
+        if unknown := [task for task in self.tasks or [] if task not in TASKS]:
+            raise ValueError(f"`prompts.tasks` are {', '.join(TASKS)}, got {unknown[0]!r}.")
+        by_task: dict[str, list[Prompt]] = {task: [] for task in self.tasks or TASKS}
+        for index, (number, line) in enumerate(_read_lines(path)):
+            where = f"{path}, line {number}"
+            entry = _read_entry(line, ("prompt", "tag", "include", "exclude"), where)
+            if (tag := entry.get("tag")) not in TASKS:
+                raise ValueError(f"{where}: `tag` must be one of {', '.join(TASKS)}, got {tag!r}.")
+            prompt = Prompt(f"{index:05d}", entry["prompt"], tag, scene=read_scene(entry, where))
+            if tag in by_task:
+                by_task[tag].append(prompt)
+        if missing := [task for task in self.tasks or [] if not by_task[task]]:
+            raise ValueError(f"{path} has no prompts of the task {missing[0]}.")
+        chosen = [found[i] for found in by_task.values() for i in _sample(len(found), self.limit, self.seed)]
+        return PromptSet(f"GenEval, {path.name}", chosen)
+
+
 @strict
 @dataclass
 class JsonlPrompts:
@@ -235,13 +297,7 @@ class JsonlPrompts:
     def load(self) -> PromptSet:
         """Read the prompts."""
         path = Path(self.file)
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist.")
-        rows = [
-            (number, line)
-            for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1)
-            if line.strip()
-        ]
+        rows = _read_lines(path)
         rows = [rows[i] for i in _sample(len(rows), self.limit, self.seed)]
         entries = [self._entry(line, f"{path}, line {number}") for number, line in rows]
         prompts = [
@@ -258,18 +314,10 @@ class JsonlPrompts:
 
     @staticmethod
     def _entry(line: str, where: str) -> dict[str, Any]:
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: no valid JSON: {error}") from None
-        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-            raise ValueError(f"{where}: expected an object with a `prompt`, got {line[:80]}")
-        known = ("prompt", "id", "group", "picture", "parts")
-        if unknown := [key for key in entry if key not in known]:
-            raise ValueError(f"{where}: unknown key `{unknown[0]}`; known are {', '.join(known)}.")
+        entry = _read_entry(line, ("prompt", "id", "group", "picture", "parts"), where)
         if "parts" in entry:
             names = [part.name for part in fields(PromptParts)]
-            if not isinstance(entry["parts"], dict) or (unknown := [k for k in entry["parts"] if k not in names]):
+            if not isinstance(entry["parts"], dict) or any(key not in names for key in entry["parts"]):
                 raise ValueError(f"{where}: `parts` is an object of {', '.join(names)}.")
             parts = {key: tuple(value) if isinstance(value, list) else value for key, value in entry["parts"].items()}
             entry["parts"] = PromptParts(**parts)
@@ -285,4 +333,10 @@ def _open(path: Path) -> Image.Image:
         raise ValueError(f"The true picture {path} cannot be read: {error}") from None
 
 
-PROMPT_KINDS = {"emoji": EmojiPrompts, "coco": CocoPrompts, "compbench": CompBenchPrompts, "jsonl": JsonlPrompts}
+PROMPT_KINDS = {
+    "emoji": EmojiPrompts,
+    "coco": CocoPrompts,
+    "compbench": CompBenchPrompts,
+    "geneval": GenEvalPrompts,
+    "jsonl": JsonlPrompts,
+}

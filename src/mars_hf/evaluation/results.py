@@ -17,6 +17,7 @@ TITLES = {
     "retrieval": "own prompt found, % ↑",
     "frechet": "Fréchet distance ↓",
     "compbench": "T2I-CompBench, % ↑",
+    "geneval": "GenEval, % ↑",
 }
 
 

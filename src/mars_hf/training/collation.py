@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..code_order_mars import PictureLayout, cell_table, look_up_cells
+from ..code_order_mars import PictureLayout, find_cells
 from ..configuration_mars import MarsConfig
 from .losses import IGNORED_LABEL
 
@@ -85,8 +85,9 @@ class AlignedCollator:
         Returns:
             `dict`: `input_ids`, `attention_mask`, `position_ids`, `shift_labels` (and the same as `labels`, by which
             Trainer counts), `block_ids` and `cells` where the model needs them, and for the trainer `task`,
-            `prompt_length` (columns; 0 if something in them is labelled or nothing follows) and `only_codes` (every
-            column behind the prompts is visual and labelled with a code).
+            `prompt_length` (columns; 0 if something in them is labelled or nothing follows) and `num_drawn` (if every
+            column behind the prompts is visual, and the last so many are all labelled with codes and no others; else
+            0).
         """
         shifted = [ShiftedRow.of(row, self.config) for row in rows]
         longest = max(row.prompt_length for row in shifted)
@@ -100,7 +101,6 @@ class AlignedCollator:
         ids = aligned([row.input_ids for row in shifted], self.pad)
         mask = aligned([torch.ones_like(row.input_ids) for row in shifted], 0)
         labels = aligned([row.shift_labels for row in shifted], IGNORED_LABEL)
-        offset, behind = self.config.image_token_offset, slice(prompt, None)
         batch = {
             "input_ids": ids,
             "attention_mask": mask,
@@ -108,10 +108,17 @@ class AlignedCollator:
             "labels": labels,
             "shift_labels": labels,
             "prompt_length": prompt if rest and bool((labels[:, :prompt] == IGNORED_LABEL).all()) else 0,
-            "only_codes": bool((labels[:, behind] >= offset).all() and (ids[:, behind] >= offset).all()),
+            "num_drawn": _num_drawn(ids[:, prompt:], labels[:, prompt:], self.config.image_token_offset),
             "task": "+".join(sorted({row.get("task", "rows") for row in rows})),
         }
         return {**batch, **picture_inputs(self.config, ids, [row.image_sizes for row in shifted])}
+
+
+def _num_drawn(ids: torch.Tensor, labels: torch.Tensor, offset: int) -> int:
+    is_code = labels >= offset
+    num_drawn = int(is_code.any(0).sum())
+    is_dense = bool(is_code[:, labels.shape[1] - num_drawn :].all() and (ids >= offset).all())
+    return num_drawn if is_dense else 0
 
 
 class PackedCollator:
@@ -168,10 +175,7 @@ def picture_inputs(
     if longest > 1:
         inputs["block_ids"] = layout.block_ids
     if config.cell_embedding and bool((layout.place >= 0).any()):
-        factor = config.downsample_factor
-        grids = [[(height // factor, width // factor) for height, width in row] or [(1, 1)] for row in image_sizes]
-        table = cell_table(grids, longest, config.code_order)
-        inputs["cells"] = look_up_cells(table, layout.picture, layout.place)
+        inputs["cells"] = find_cells(config, input_ids, layout, image_sizes, longest)
     return inputs
 
 

@@ -82,7 +82,8 @@ class HeadLoss:
         chunk_size (`int`, defaults to 2048):
             Positions whose logits exist at once; more than that are computed in chunks, and again in the backward.
         all_codes (`bool`, defaults to `False`):
-            Promise that every position is labelled with a code: nothing is picked out, and shapes stay static.
+            Promise that every label is a code, and belongs to the last positions: nothing is picked out, and shapes
+            stay static.
 
     Raises:
         ValueError: If the scope is unknown.
@@ -106,8 +107,11 @@ class HeadLoss:
         Args:
             model ([`MarsForConditionalGeneration`]): Whose heads are applied.
             hidden_states (`torch.Tensor` of shape `(batch, seq, hidden)`): Of the trunk.
-            shift_labels (`torch.LongTensor` of shape `(batch, seq)`): The id that each position predicts, or -100.
+            shift_labels (`torch.LongTensor` of shape `(batch, seq)`):
+                The id that each position predicts, or -100; with `all_codes` maybe fewer, those of the last positions.
         """
+        if self.all_codes:
+            hidden_states = hidden_states[:, -shift_labels.shape[1] :]
         offset, states, labels = model.config.image_token_offset, hidden_states.flatten(0, 1), shift_labels.flatten()
         if self.all_codes:
             zero = states.new_zeros(())

@@ -5,18 +5,21 @@ decided by the index and the seed, so that a run that stops and resumes sees the
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count, islice
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from datasets import IterableDataset as RecordStream
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from ..data.records import ShuffledOrder, ShuffledStream
 from ..processing_mars import MarsProcessor
 from .collation import ShiftedRow, pack_rows
 
 Record = dict[str, Any]
-TASKS = ("text-to-image", "captioning", "documents")
+TASKS = ("text-to-image", "captioning", "super-resolution", "documents")
 
 
 @dataclass
@@ -25,18 +28,20 @@ class Source:
     Records of one task.
 
     Args:
-        task (`str`): `"text-to-image"`, `"captioning"` or `"documents"`.
+        task (`str`): `"text-to-image"`, `"captioning"`, `"super-resolution"` or `"documents"`.
         share (`float`): Share of batches; shares of all sources are divided by their sum.
-        records (`Sequence[dict]`):
-            With `image_codes` (raster order), `height`, `width` and whatever `write_caption` reads; documents with
-            `segments`, a list of texts and such records.
+        records (`Sequence[dict]`, `datasets.Dataset` or `datasets.IterableDataset`):
+            With `image_codes` (raster order), `height`, `width` and whatever `write_caption` reads; for
+            super-resolution also `lowres_codes`; documents with `segments`, a list of texts and such records, or of
+            records with a `text` instead.
         write_caption (`Callable`): `(record, rng) -> str`; not called for documents.
         weights (`torch.Tensor` of shape `(num,)`, *optional*): How often each record comes; once in a pass if None.
         code_noise (`float`, defaults to 0.0):
-            Largest share of the codes fed in text-to-image rows that are replaced by random ones (labels are not);
-            each row draws its own share. A picture of a small data set can be told by its first codes: without noise
-            the model comes to lean on them instead of on the prompt, and goes astray on its own drawings.
-        drop_caption (`float`, defaults to 0.1): Share of text-to-image rows whose caption is `<null>`.
+            Largest share of the codes fed of pictures that are drawn (and of those that super-resolution starts from)
+            that are replaced by random ones (labels are not); each row draws its own share. A picture of a small data
+            set can be told by its first codes: without noise the model comes to lean on them instead of on the prompt,
+            and goes astray on its own drawings.
+        drop_caption (`float`, defaults to 0.1): Share of rows that are drawn whose caption is `<null>`.
 
     Raises:
         ValueError: If the task is unknown, there are no records, or a share is impossible.
@@ -44,7 +49,7 @@ class Source:
 
     task: str
     share: float
-    records: Sequence[Record] = field(repr=False)
+    records: Any = field(repr=False)
     write_caption: Callable[[Record, random.Random], str] | None = None
     weights: torch.Tensor | None = field(default=None, repr=False)
     code_noise: float = 0.0
@@ -53,7 +58,9 @@ class Source:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ValueError(f"A task must be one of {', '.join(TASKS)}, got {self.task!r}.")
-        if not len(self.records):
+        if self.is_stream and self.weights is not None:
+            raise ValueError("A stream is read as it comes: its records cannot be weighed. Leave `weights` out.")
+        if not self.is_stream and not len(self.records):
             raise ValueError(f"A source of {self.task!r} has no records.")
         for name in ("code_noise", "drop_caption"):
             if not 0 <= getattr(self, name) <= 1:
@@ -61,10 +68,15 @@ class Source:
         if self.share <= 0:
             raise ValueError(f"The share of {self.task!r} must be above 0, got {self.share}.")
 
+    @property
+    def is_stream(self) -> bool:
+        """Whether records come one after the other and not by number."""
+        return isinstance(self.records, RecordStream)
 
-class MixtureDataset(Dataset):
+
+class Mixture:
     """
-    Rows of several sources. Every block of `batch_size` consecutive indices has one source and one K.
+    The plan of a run over several sources: every block of `batch_size` consecutive rows has one source and one K.
 
     Within each pass over a source every record comes once, in an order of that pass's own; with weights, as often as
     chance has it.
@@ -97,9 +109,6 @@ class MixtureDataset(Dataset):
         bounds = torch.tensor([source.share / total for source in self.sources], dtype=torch.float64).cumsum(0)
         draws = torch.tensor([self._chance("source", batch) for batch in range(num_batches)], dtype=torch.float64)
         self._source = torch.searchsorted(bounds, draws, right=True).clamp_max(len(self.sources) - 1)
-        of_source = torch.nn.functional.one_hot(self._source, len(self.sources))
-        self._before = (of_source.cumsum(0) - of_source).gather(1, self._source[:, None]).squeeze(1)
-        self._orders: dict[int, tuple[int, torch.Tensor]] = {}
 
     def _chance(self, *names: Any) -> float:
         digest = hashlib.blake2b("/".join(map(str, (self.seed, *names))).encode(), digest_size=8).digest()
@@ -117,29 +126,20 @@ class MixtureDataset(Dataset):
         step = index // self.batch_size // self.batches_per_step
         return self.codes_per_step[int(self._chance("k", step) * len(self.codes_per_step))]
 
-    def record_of(self, index: int) -> Record:
-        """Give the record that a row shows."""
-        batch, place = divmod(index, self.batch_size)
-        number = int(self._source[batch])
-        records, weights = self.sources[number].records, self.sources[number].weights
-        turn, place = divmod(int(self._before[batch]) * self.batch_size + place, len(records))
-        if self._orders.get(number, (-1,))[0] != turn:
-            generator = torch.Generator().manual_seed((self.seed * 1_009 + number) * 100_003 + turn)
-            order = (
-                torch.randperm(len(records), generator=generator)
-                if weights is None
-                else torch.multinomial(weights, len(records), replacement=True, generator=generator)
-            )
-            self._orders[number] = (turn, order)
-        return records[int(self._orders[number][1][place])]
+    def _order_of(self, number: int) -> ShuffledOrder:
+        source = self.sources[number]
+        return ShuffledOrder(len(source.records), self.seed * 1_009 + number, source.weights)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        rng, source, record = random.Random(f"{self.seed}/{index}"), self.source_of(index), self.record_of(index)
+    def write_row(self, index: int, record: Record) -> dict[str, Any]:
+        """Write row `index` from its record."""
+        rng, source = random.Random(f"{self.seed}/{index}"), self.source_of(index)
         if source.task == "documents":
-            row = self.processor.training_document(record["segments"], codes_per_step=self.steps_codes(index))
+            segments = [part if isinstance(part, str) else part.get("text") or part for part in record["segments"]]
+            row = self.processor.training_document(segments, codes_per_step=self.steps_codes(index))
             return {**row, "task": source.task}
         assert source.write_caption is not None
-        drop = source.task == "text-to-image" and rng.random() < source.drop_caption
+        draws = source.task in ("text-to-image", "super-resolution")
+        drop = draws and rng.random() < source.drop_caption
         size = (record["height"], record["width"])
         row = self.processor.training_example(
             source.task,  # type: ignore[arg-type]
@@ -148,8 +148,9 @@ class MixtureDataset(Dataset):
             *size,
             drop_caption=drop,
             codes_per_step=self.steps_codes(index),
+            lowres_codes=record["lowres_codes"] if source.task == "super-resolution" else None,
         )
-        if source.task == "text-to-image" and source.code_noise:
+        if draws and source.code_noise:
             row["input_ids"] = self._with_noise(row["input_ids"], source.code_noise * rng.random(), rng)
         return {**row, "image_sizes": [size], "task": source.task}
 
@@ -160,6 +161,61 @@ class MixtureDataset(Dataset):
         is_code = (fed >= offset) & (fed < offset + count)
         replaced = is_code & (torch.rand(fed.shape, generator=generator) < share)
         return torch.where(replaced, torch.randint(count, fed.shape, generator=generator) + offset, fed).tolist()
+
+
+class MixtureDataset(Mixture, Dataset):
+    """The rows of a [`Mixture`] whose sources hold all their records: any row can be asked for."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        of_source = torch.nn.functional.one_hot(self._source, len(self.sources))
+        self._before = (of_source.cumsum(0) - of_source).gather(1, self._source[:, None]).squeeze(1)
+        self._orders = [self._order_of(number) for number in range(len(self.sources))]
+
+    def record_of(self, index: int) -> Record:
+        """Give the record that a row shows."""
+        batch, place = divmod(index, self.batch_size)
+        number = int(self._source[batch])
+        return self.sources[number].records[self._orders[number][int(self._before[batch]) * self.batch_size + place]]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.write_row(index, self.record_of(index))
+
+
+class MixtureStream(Mixture, IterableDataset):
+    """
+    The rows of a [`Mixture`] some of whose sources are streams, shuffled in blocks (see [`ShuffledStream`]).
+
+    Each iteration begins at the first row: a run that resumes reads on to its place. One process reads for all.
+
+    Args:
+        buffer_size (`int`, defaults to 1000): See [`ShuffledStream`].
+        args, kwargs: Of [`Mixture`].
+
+    Raises:
+        ValueError: When it is read by more than one worker, which would each read everything.
+    """
+
+    def __init__(self, *args: Any, buffer_size: int = 1000, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.buffer_size = buffer_size
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        if worker is not None and worker.num_workers > 1:
+            raise ValueError(
+                f"A stream is read by one worker, got {worker.num_workers}: set `dataloader_num_workers` to 0 or 1."
+            )
+        records = [self._records_of(number) for number in range(len(self.sources))]
+        for index in range(self.num_batches * self.batch_size):
+            yield self.write_row(index, next(records[int(self._source[index // self.batch_size])]))
+
+    def _records_of(self, number: int) -> Iterator[Record]:
+        source = self.sources[number]
+        if source.is_stream:
+            return iter(ShuffledStream(source.records, self.seed * 1_009 + number, self.buffer_size))
+        order = self._order_of(number)
+        return (source.records[order[place]] for place in count())
 
 
 class PackedDataset(Dataset):
@@ -173,15 +229,15 @@ class PackedDataset(Dataset):
         rows (`Dataset`): Of rows.
         config ([`MarsConfig`]): Of the model.
         max_length (`int`): Tokens of a pack.
-        window (`int`, defaults to 1024): Rows that are packed together.
+        window (`int`, defaults to 4096): Rows that are packed together; its last pack is seldom full.
     """
 
-    def __init__(self, rows: Dataset, config: Any, max_length: int, window: int = 1024):
+    def __init__(self, rows: Dataset, config: Any, max_length: int, window: int = 4096):
         self.rows, self.config, self.max_length, self.window = rows, config, max_length, window
         self._packs: list[list[int]] = []
-        count = len(rows)  # type: ignore[arg-type]
-        for start in range(0, count, window):
-            members = range(start, min(start + window, count))
+        num_rows = len(rows)  # type: ignore[arg-type]
+        for start in range(0, num_rows, window):
+            members = range(start, min(start + window, num_rows))
             lengths = [len(ShiftedRow.of(rows[index], config)) for index in members]
             self._packs += [[start + place for place in pack] for pack in pack_rows(lengths, max_length)]
 
@@ -192,4 +248,17 @@ class PackedDataset(Dataset):
         return [self.rows[row] for row in self._packs[index]]
 
 
-__all__ = ["TASKS", "MixtureDataset", "PackedDataset", "Source"]
+class PackedStream(IterableDataset):
+    """Packs of rows of a stream, window after window; see [`PackedDataset`]."""
+
+    def __init__(self, rows: IterableDataset, config: Any, max_length: int, window: int = 4096):
+        self.rows, self.config, self.max_length, self.window = rows, config, max_length, window
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        rows = iter(self.rows)
+        while members := list(islice(rows, self.window)):
+            for pack in pack_rows([len(ShiftedRow.of(row, self.config)) for row in members], self.max_length):
+                yield [members[place] for place in pack]
+
+
+__all__ = ["TASKS", "MixtureDataset", "MixtureStream", "PackedDataset", "PackedStream", "Source"]

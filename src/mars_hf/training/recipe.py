@@ -125,6 +125,7 @@ class DataPart:
         code_noise (`float`, defaults to 0.0): See [`Source`].
         drop_caption (`float`, defaults to 0.1): See [`Source`].
         min_score (`float`, *optional*): Leave records with a lower `score` out (the curated subset of Stage II).
+        streaming (`bool`, defaults to `False`): Read the records on the way, without a copy; excludes `balance`.
     """
 
     source: str
@@ -137,6 +138,27 @@ class DataPart:
     code_noise: float = 0.0
     drop_caption: float = 0.1
     min_score: float | None = None
+    streaming: bool = False
+
+
+@dataclass
+class EvaluationPart:
+    """
+    What is looked at in the course of a run, as often as `training.eval_strategy` and `eval_steps` say.
+
+    Args:
+        split (`str`, *optional*): Split of all sources whose losses are computed, without noise; None computes none.
+        num_batches (`int`, defaults to 8): How many batches of them, the same each time.
+        prompts (`list[str]`): Pictures are drawn of these, see [`SamplePictures`]; none if empty.
+        height (`int`, *optional*): Of these pictures, in pixels. Defaults to the model's.
+        width (`int`, *optional*): In pixels.
+    """
+
+    split: str | None = None
+    num_batches: int = 8
+    prompts: list[str] = field(default_factory=list)
+    height: int | None = None
+    width: int | None = None
 
 
 @dataclass
@@ -167,6 +189,41 @@ class OptimizerPart:
 
 
 @dataclass
+class AssumedPart:
+    """
+    What a dry run ([`estimate_cost`]) takes for models and data that are not on this machine. Nothing else reads it.
+
+    Args:
+        text_config (`dict`): Configuration of the language model.
+        vq_config (`dict`): Configuration of the VQ-GAN.
+        rows (`int`, *optional*): Rows of an epoch, of all sources together.
+        prompt_tokens (`int`, *optional*): Text tokens of a row: the caption with its size.
+        image_size (`list[int]`, *optional*): Height and width of the pictures in pixels.
+        lowres_size (`list[int]`, *optional*): Of the pictures that super-resolution starts from.
+
+    Raises:
+        ValueError: If a number is impossible.
+    """
+
+    text_config: dict[str, Any] = field(default_factory=dict)
+    vq_config: dict[str, Any] = field(default_factory=dict)
+    rows: int | None = None
+    prompt_tokens: int | None = None
+    image_size: list[int] | None = None
+    lowres_size: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "prompt_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`assume.{name}` must be 1 or more, got {value}.")
+        for name in ("image_size", "lowres_size"):
+            size = getattr(self, name)
+            if size is not None and (len(size) != 2 or min(size) < 1):
+                raise ValueError(f"`assume.{name}` is a height and a width in pixels, got {size}.")
+
+
+@dataclass
 class Recipe:
     """
     A stage of training.
@@ -182,6 +239,8 @@ class Recipe:
         optimizer ([`OptimizerPart`]): By what.
         codes_per_step (`list[int]`, *optional*): See [`MixtureDataset`]; the stage's if None.
         packing (`int`, *optional*): Tokens of packed rows; rows are padded if None.
+        evaluation ([`EvaluationPart`]): What is looked at meanwhile.
+        assume ([`AssumedPart`]): For a dry run.
         seed (`int`, defaults to 0): Decides all else.
         about (`str`): What it is, and which of its numbers are the paper's.
 
@@ -197,6 +256,8 @@ class Recipe:
     optimizer: OptimizerPart = field(default_factory=OptimizerPart)
     codes_per_step: list[int] | None = None
     packing: int | None = None
+    evaluation: EvaluationPart = field(default_factory=EvaluationPart)
+    assume: AssumedPart = field(default_factory=AssumedPart)
     seed: int = 0
     about: str = ""
 
@@ -208,7 +269,12 @@ class Recipe:
         if not self.data:
             raise ValueError("A recipe needs at least one source under `data`.")
         for part in self.data:
-            _refuse_unknown("data.task", part.task, (*TASKS, "super-resolution"))
+            _refuse_unknown("data.task", part.task, TASKS)
+            if part.streaming and part.balance:
+                raise ValueError(
+                    f"`data`: {part.source} is read as a stream, whose records cannot be balanced. Leave `streaming` "
+                    "or `balance` out."
+                )
         built, goes_on = self.model.text or self.model.vqgan, self.model.base
         if bool(built) == bool(goes_on) or (built and not (self.model.text and self.model.vqgan)):
             raise ValueError(
@@ -221,6 +287,14 @@ class Recipe:
             raise ValueError("`training` needs `max_steps` or `num_train_epochs`, and not both.")
         if "per_device_train_batch_size" not in self.training:
             raise ValueError("`training` needs `per_device_train_batch_size`.")
+        looks = self.evaluation.split is not None or bool(self.evaluation.prompts)
+        if looks != ("eval_strategy" in self.training):
+            raise ValueError(
+                "`training.eval_strategy` says how often `evaluation` looks: give both, `evaluation` with a `split`, "
+                "or none of them."
+            )
+        if self.evaluation.prompts and self.evaluation.split is None:
+            raise ValueError("`evaluation.prompts` are drawn at each evaluation, which needs an `evaluation.split`.")
         owned = {"output_dir", "learning_rate", "weight_decay", "adam_beta2", "seed", "remove_unused_columns"}
         if twice := sorted(owned & self.training.keys()):
             raise ValueError(
@@ -330,4 +404,15 @@ def _checked(hint: Any, value: Any, place: str) -> Any:
     return value
 
 
-__all__ = ["RECIPES", "STAGES", "DataPart", "LossPart", "ModelPart", "OptimizerPart", "Recipe", "Stage"]
+__all__ = [
+    "RECIPES",
+    "STAGES",
+    "AssumedPart",
+    "DataPart",
+    "EvaluationPart",
+    "LossPart",
+    "ModelPart",
+    "OptimizerPart",
+    "Recipe",
+    "Stage",
+]

@@ -16,14 +16,16 @@ from diffusers import VQModel
 from transformers import AutoTokenizer, Qwen2ForCausalLM, TrainingArguments
 from transformers.utils import logging
 
+from ..configuration_mars import MarsConfig
 from ..data.emoji_captions import CaptionStyle, emoji_caption, subject_weights
 from ..data.records import CaptionMix, RecordRules, captions_of, open_records, tokenizer_fingerprint, validate_records
 from ..modeling_mars import MarsForConditionalGeneration
 from ..processing_mars import MarsProcessor
 from .collation import AlignedCollator, PackedCollator
-from .mixture import MixtureDataset, PackedDataset, Source
+from .mixture import MixtureDataset, MixtureStream, PackedDataset, PackedStream, Source
 from .muon import muon_with_adamw
 from .recipe import DataPart, ModelPart, Recipe
+from .samples import SamplePictures
 from .text import last_checkpoint
 from .trainer import MarsTrainer
 
@@ -39,9 +41,11 @@ def build_model(part: ModelPart) -> tuple[MarsForConditionalGeneration, MarsProc
     """
     if part.base is not None:
         model = MarsForConditionalGeneration.from_pretrained(
-            part.base, dtype=torch.float32, attn_implementation=_attention(), **part.config
+            part.base, dtype=torch.float32, attn_implementation=_attention()
         )
         processor = MarsProcessor.from_pretrained(part.base)
+        if part.config:
+            model, processor = with_other_config(model, processor, part.config)
     else:
         text = Qwen2ForCausalLM.from_pretrained(part.text, dtype=torch.float32, attn_implementation=_attention())
         vqgan = VQModel.from_pretrained(part.vqgan)
@@ -55,32 +59,64 @@ def build_model(part: ModelPart) -> tuple[MarsForConditionalGeneration, MarsProc
     return model, processor
 
 
+def with_other_config(
+    base: MarsForConditionalGeneration, processor: MarsProcessor, changes: dict[str, Any]
+) -> tuple[MarsForConditionalGeneration, MarsProcessor]:
+    """
+    Start a model of another kind from a trained one: with more codes a step, another order, or super-resolution.
+
+    Cell embeddings that the base does not have start at zero, so that the function is at first the base's.
+
+    Raises:
+        ValueError: If the changes ask for other weights than the base has.
+    """
+    config = MarsConfig.from_dict({**base.config.to_dict(), **changes})
+    config._attn_implementation = base.config._attn_implementation
+    model = MarsForConditionalGeneration(config)
+    fit = model.load_state_dict(base.state_dict(), strict=False)
+    odd = fit.unexpected_keys + [name for name in fit.missing_keys if "visual_cell_embedding" not in name]
+    if odd:
+        raise ValueError(f"`model.config` {changes} asks for other weights than `model.base` has: {', '.join(odd)}.")
+    model.freeze_text()
+    model.generation_config = base.generation_config
+    side = {"height": config.default_image_size, "width": config.default_image_size}
+    processor.code_order, processor.super_resolution_factor = config.code_order, config.super_resolution_factor
+    processor.image_processor.size = side
+    return model.eval(), processor
+
+
 def _attention() -> str:
     """On CPUs torch's fused attention has a slow backward: half of a step at 32-wide heads."""
     return "sdpa" if torch.accelerator.is_available() else "eager"
 
 
-def build_source(part: DataPart, model: MarsForConditionalGeneration) -> Source:
+def build_source(part: DataPart, model: MarsForConditionalGeneration, eval_split: str | None = None) -> Source:
     """
     Open a recipe's records and check every one of them; bad ones are left out and counted.
 
+    Args:
+        part ([`DataPart`]): What to open.
+        model ([`MarsForConditionalGeneration`]): Whose codes they have to hold.
+        eval_split (`str`, *optional*): Another split, as it is: without noise, every record as often as the others.
+
     Raises:
-        ValueError: If more than 1 % of them are bad.
+        ValueError: If more than 1 % of them are bad; of a stream, when they are read.
     """
     config = model.config
     rules = RecordRules(
         min_score=part.min_score, codebook_size=config.codebook_size, downsample_factor=config.downsample_factor
     )
-    records = open_records(part.source, part.split, columns=part.columns, vqgan=model.vqgan)
-    good, bad = validate_records(records, rules, on_bad="skip")
+    records = open_records(part.source, eval_split or part.split, part.streaming, part.columns, model.vqgan)
+    records, bad = validate_records(records, rules, on_bad="skip")
     if bad.reasons or bad.num_truncated:
         logger.warning(f"{part.source}: {bad}")
-    records = good.to_list()
     form = dict(part.captions)
     kind = form.pop("form", "records")
     weights = None
+    if eval_split is not None:
+        return Source(part.task, part.share, records, _caption_writer(kind, form), drop_caption=0.0)
     if part.balance:
-        weights = subject_weights([record["hexcode"] for record in records], part.balance)
+        weights = subject_weights(records["hexcode"], part.balance)
     options = {"weights": weights, "code_noise": part.code_noise, "drop_caption": part.drop_caption}
     return Source(part.task, part.share, records, _caption_writer(kind, form), **options)
 
@@ -98,7 +134,15 @@ def _caption_writer(kind: str, options: dict[str, Any]) -> Callable[[dict[str, A
 def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
     """Give Trainer's arguments; bfloat16 where the machine computes it fast, unless the recipe says so itself."""
     fast = torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
-    settings = {"bf16": fast, "save_total_limit": 2, "report_to": [], "enable_jit_checkpoint": True, **recipe.training}
+    batch_size = recipe.training["per_device_train_batch_size"]  # each is of one task
+    settings = {
+        "per_device_eval_batch_size": batch_size,
+        "bf16": fast,
+        "save_total_limit": 2,
+        "report_to": [],
+        "enable_jit_checkpoint": True,
+        **recipe.training,
+    }
     return TrainingArguments(
         output_dir=str(out),
         learning_rate=recipe.optimizer.learning_rate,
@@ -118,11 +162,16 @@ def make_trainer(recipe: Recipe, out: Path, compile_pictures: bool = False) -> t
     sources = [build_source(part, model) for part in recipe.data]
     batches_per_step = args.world_size * args.gradient_accumulation_steps
     steps = args.max_steps
+    streams = any(source.is_stream for source in sources)
+    if steps < 0 and streams:
+        raise ValueError("A stream does not say how long an epoch is: set `training.max_steps`.")
     if steps < 0:
-        rows = sum(len(source.records) for source in sources)
+        once = {part.source: len(source.records) for part, source in zip(recipe.data, sources, strict=True)}
+        rows = sum(once.values())  # a pair that two tasks show counts once
         steps = int(args.num_train_epochs * rows / (args.per_device_train_batch_size * batches_per_step))
+        args.max_steps = steps = max(steps, 1)  # the rows of all epochs are one sequence
     k = recipe.trained_codes_per_step
-    rows = MixtureDataset(
+    rows = (MixtureStream if streams else MixtureDataset)(
         processor,
         sources,
         args.per_device_train_batch_size,
@@ -133,7 +182,9 @@ def make_trainer(recipe: Recipe, out: Path, compile_pictures: bool = False) -> t
     )
     pad = processor.tokenizer.pad_token_id
     packed = recipe.packing is not None
-    data = PackedDataset(rows, model.config, recipe.packing) if packed else rows
+    pack = PackedStream if streams else PackedDataset
+    data = pack(rows, model.config, recipe.packing) if packed else rows
+    eval_data = _evaluation_rows(recipe, model, processor, args)
     collate = PackedCollator(model.config, pad, recipe.packing) if packed else AlignedCollator(model.config, pad)
     optimizer: dict[str, Any] = {}
     if recipe.optimizer.name == "muon":
@@ -147,6 +198,7 @@ def make_trainer(recipe: Recipe, out: Path, compile_pictures: bool = False) -> t
         model=model,
         args=args,
         train_dataset=data,
+        eval_dataset=eval_data,
         data_collator=collate,
         loss_scope=recipe.loss_scope,
         label_spread=recipe.loss.label_spread,
@@ -154,7 +206,22 @@ def make_trainer(recipe: Recipe, out: Path, compile_pictures: bool = False) -> t
         compile_pictures=compile_pictures,
         **optimizer,
     )
+    looks = recipe.evaluation
+    if looks.prompts:
+        trainer.add_callback(SamplePictures(processor, looks.prompts, looks.height, looks.width, recipe.seed))
     return trainer, processor
+
+
+def _evaluation_rows(
+    recipe: Recipe, model: MarsForConditionalGeneration, processor: MarsProcessor, args: TrainingArguments
+) -> MixtureDataset | PackedDataset | None:
+    looks = recipe.evaluation
+    if looks.split is None:
+        return None
+    sources = [build_source(part, model, looks.split) for part in recipe.data]
+    options = {"codes_per_step": recipe.trained_codes_per_step, "seed": recipe.seed}
+    rows = MixtureDataset(processor, sources, args.per_device_eval_batch_size, looks.num_batches, **options)
+    return rows if recipe.packing is None else PackedDataset(rows, model.config, recipe.packing)
 
 
 def check_resumption(recipe: Recipe, out: Path, facts: dict[str, Any], allow_changes: bool) -> None:
@@ -211,7 +278,7 @@ def train(recipe: Recipe, out: str | Path, compile_pictures: bool = False, allow
     model = trainer.model
     facts = {
         "processes": trainer.args.world_size,
-        "records": [len(source.records) for source in _mixture_of(trainer).sources],
+        "records": [None if source.is_stream else len(source.records) for source in _mixture_of(trainer).sources],
         "tokenizer": None if model.vqgan is None else tokenizer_fingerprint(model.vqgan),
     }
     check_resumption(recipe, out, facts, allow_changes)
@@ -225,7 +292,7 @@ def train(recipe: Recipe, out: str | Path, compile_pictures: bool = False, allow
     return out / "final"
 
 
-def _mixture_of(trainer: MarsTrainer) -> MixtureDataset:
+def _mixture_of(trainer: MarsTrainer) -> MixtureDataset | MixtureStream:
     return getattr(trainer.train_dataset, "rows", trainer.train_dataset)
 
 

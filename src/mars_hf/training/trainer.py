@@ -37,7 +37,7 @@ class MarsTrainer(Trainer):
         prompts_without_gradient (`bool`, defaults to `True`):
             Run prompts as above. Left out by itself on several processes, which must make the same calls, and under
             gradient checkpointing, which keeps no keys and values.
-        compile_pictures (`bool`, defaults to `False`): Compile what follows the prompts in text-to-image batches.
+        compile_pictures (`bool`, defaults to `False`): Compile what follows the prompts where pictures are drawn.
 
     Raises:
         ValueError: If the loss scope is unknown.
@@ -89,9 +89,9 @@ class MarsTrainer(Trainer):
     ) -> Any:
         inputs = dict(inputs)
         task, labels = inputs.pop("task"), inputs.pop("labels")
-        prompt_length, only_codes = inputs.pop("prompt_length", 0), inputs.pop("only_codes", False)
+        prompt_length, num_drawn = inputs.pop("prompt_length", 0), inputs.pop("num_drawn", 0)
         if self.prompts_without_gradient and prompt_length:
-            terms = self._terms_behind_prompts(model, inputs, prompt_length, only_codes)
+            terms = self._terms_behind_prompts(model, inputs, prompt_length, num_drawn)
         else:
             terms = model(**inputs, head_loss=self.head_loss)
         self._note(task, terms, labels)
@@ -102,15 +102,17 @@ class MarsTrainer(Trainer):
         return (loss, terms) if return_outputs else loss
 
     def _terms_behind_prompts(
-        self, model: torch.nn.Module, inputs: dict[str, Any], prompt_length: int, only_codes: bool
+        self, model: torch.nn.Module, inputs: dict[str, Any], prompt_length: int, num_drawn: int
     ) -> LossTerms:
         mask, cells = inputs["attention_mask"], inputs.get("cells")
-        prefix = prompt_states(self._mars(), inputs["input_ids"][:, :prompt_length], mask[:, :prompt_length])
+        with self.accelerator.autocast():  # accelerate wraps the model's forward; these calls go past it
+            prefix = prompt_states(self._mars(), inputs["input_ids"][:, :prompt_length], mask[:, :prompt_length])
         rest = {name: inputs[name][:, prompt_length:] for name in ("input_ids", "position_ids", "shift_labels")}
         rest |= {"attention_mask": mask, "block_ids": inputs.get("block_ids")}
         rest["cells"] = None if cells is None else cells[:, prompt_length:]
-        if only_codes:
-            with self.accelerator.autocast():  # accelerate wraps the model's forward; a compiled call goes past it
+        if num_drawn:
+            rest["shift_labels"] = rest["shift_labels"][:, -num_drawn:]
+            with self.accelerator.autocast():
                 return self._pictures(self._mars(), prefix, rest, self.picture_loss)
         return model(**rest, past_key_values=DynamicCache(prefix), head_loss=self.head_loss, use_cache=True)
 
@@ -192,7 +194,8 @@ def frozen_hashes(model: torch.nn.Module) -> dict[str, str]:
     hashes = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
-            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            local = getattr(parameter, "ds_tensor", parameter)  # DeepSpeed's ZeRO-3 leaves the parameter empty
+            local = local.to_local() if hasattr(local, "to_local") else local
             raw = local.detach().cpu().contiguous().view(torch.uint8).numpy()
             hashes[name] = hashlib.sha256(raw.tobytes()).hexdigest()
     return hashes

@@ -181,7 +181,7 @@ def write_records(row: Row, recipe: Recipe, names: list[str], data: Path, manife
         for record in records:
             for language in LANGUAGES:
                 caption = record[f"caption_{language}"]
-                # As `processing_mars.prompt_ids` writes it, which also tokenises.
+                # As `prompts_mars.prompt_ids` writes it, which also tokenises.
                 record[f"prompt_{language}"] = caption and f"{caption} {record['height']}x{record['width']}"
     write_shard(path, records, recipe, row["index"])
     with path.open("rb") as file:

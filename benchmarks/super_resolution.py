@@ -1,0 +1,95 @@
+"""
+Is drawing a picture twice as large better than bicubic enlargement, and what does it cost to draw K codes a step?
+
+    mars-hf data emoji --size 128 --out data/emoji-128
+    python benchmarks/super_resolution.py --data data/emoji-128 --model FOLDER
+
+Each test picture is made smaller, encoded, and drawn large again from its codes and its caption. Printed are the PSNR
+against the true picture and the Fréchet distance of VQ-GAN features (the mean of its last encoder states over each
+quarter), for each K that the model was trained for; beside them bicubic enlargement, of the small picture as it was
+and as its codes give it back, and the ceiling: the large picture's own codes.
+"""
+
+import argparse
+import time
+
+import torch
+from datasets import load_dataset
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from mars_hf import DEFAULT_CHECKPOINT, MarsForConditionalGeneration, MarsProcessor
+from mars_hf.data.encode import scale_down
+from mars_hf.data.text import with_style
+from mars_hf.evaluation.metrics import frechet_distance
+from mars_hf.image_processing_mars import decode_codes, encode_pixels
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--data", required=True, help="emoji data at the size that is drawn")
+parser.add_argument("--model", default=str(DEFAULT_CHECKPOINT / "super_resolution"))
+parser.add_argument("--split", default="test")
+parser.add_argument("--pictures", type=int, default=200)
+parser.add_argument("--codes-per-step", nargs="+", type=int, help="default: all that the model was trained for")
+parser.add_argument("--batch-size", type=int, default=20)
+parser.add_argument("--seed", type=int, default=0)
+options = parser.parse_args()
+
+torch.set_flush_denormal(True)
+model = MarsForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32).eval()
+processor = MarsProcessor.from_pretrained(options.model)
+factor = model.config.super_resolution_factor
+if factor is None:
+    parser.error(f"{options.model} draws from text alone: give a model of super-resolution")
+records = load_dataset(options.data, split=options.split).shuffle(seed=0)
+records = records.select(range(min(options.pictures, len(records))))
+captions = [with_style(row["caption_en"], row["style"], "en") for row in records.remove_columns("image")]
+truth = processor.image_processor(records["image"], do_resize=False, return_tensors="pt")["pixel_values"]
+small = scale_down(truth, factor)
+
+
+def enlarge(pixels: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(pixels, truth.shape[-2:], mode="bicubic").clamp(-1, 1)
+
+
+def psnr(pixels: torch.Tensor) -> float:
+    errors = ((pixels - truth) / 2).square().mean((1, 2, 3))
+    return float((-10 * errors.log10()).mean())
+
+
+@torch.no_grad()
+def features(pixels: torch.Tensor) -> torch.Tensor:
+    states = [model.vqgan.encoder(batch) for batch in pixels.split(options.batch_size)]
+    return F.adaptive_avg_pool2d(torch.cat(states), 2).flatten(1)
+
+
+def draw(grids: list[torch.Tensor], k: int) -> torch.Tensor:
+    pictures, generator = [], torch.Generator().manual_seed(options.seed)
+    for start in tqdm(range(0, len(grids), options.batch_size), desc=f"K = {k}", unit="batch", leave=False):
+        rows = slice(start, start + options.batch_size)
+        inputs = processor(captions[rows], lowres_codes=grids[rows])
+        drawn = model.generate(**inputs, generation_mode="image", codes_per_step=k, generator=generator)
+        pictures += model.decode_image_tokens(drawn, inputs["image_sizes"])
+    return torch.stack(pictures)
+
+
+def report(name: str, pixels: torch.Tensor, seconds: float | None = None) -> None:
+    speed = "" if seconds is None else f"{1000 * seconds / len(truth):10.0f}"
+    print(
+        f"{name:34} {psnr(pixels):8.2f} {frechet_distance(features(pixels), true_features):12.4f} {speed}", flush=True
+    )
+
+
+with torch.no_grad():
+    grids = encode_pixels(model.vqgan, small)
+    large = torch.stack(decode_codes(model.vqgan, encode_pixels(model.vqgan, truth)))
+    small_again = torch.stack(decode_codes(model.vqgan, grids))
+true_features = features(truth)
+print(f"{options.model}: {len(truth)} pictures of {options.split}, x{factor}, {model.config.code_order} order")
+print(f"{'':34} {'PSNR, dB':>8} {'Fréchet':>12} {'ms each':>10}")
+report("bicubic, of the small picture", enlarge(small))
+report("bicubic, of the small codes", enlarge(small_again))
+for k in options.codes_per_step or sorted(model.config.trained_codes_per_step):
+    begin = time.perf_counter()
+    drawn = draw(grids, k)
+    report(f"drawn, K = {k}", drawn, time.perf_counter() - begin)
+report("the large picture's own codes", large)

@@ -1,0 +1,102 @@
+"""
+Make the other part of Stage III's data: small pictures that the base model drew itself, since those are what
+super-resolution meets in use.
+
+    python examples/draw_lowres.py --model runs/emoji-stage2/final --data data/emoji-128-codes \
+        --out data/emoji-128-drawn
+
+`--data` is what `mars-hf data encode --lowres-factor 2` wrote. Records keep all but their `lowres_codes`, which are
+drawn from the caption; drawings that are far from the true small picture are left out, for its large one would teach
+to ignore them. Interrupted, it goes on with the next file of 1,000 records.
+"""
+
+import argparse
+import os
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from mars_hf import MarsForConditionalGeneration, MarsProcessor
+from mars_hf.data.emoji_captions import CaptionStyle, emoji_caption
+from mars_hf.data.records import open_records
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", required=True, help="the base model")
+parser.add_argument("--data", required=True, help="records with `image_codes` and `lowres_codes`")
+parser.add_argument("--out", required=True, type=Path)
+parser.add_argument("--records", type=int, default=4000, help="how many to draw")
+parser.add_argument("--batch-size", type=int, default=50)
+parser.add_argument("--max-distance", type=float, default=0.05, help="mean squared, pixels in [0, 1]")
+parser.add_argument("--seed", type=int, default=0)
+SHARD = 1000
+
+
+def small_size(record: dict, factor: int) -> tuple[int, int]:
+    return record["height"] // factor, record["width"] // factor
+
+
+@torch.no_grad()
+def draw(model, processor, records: list[dict], captions: list[str], size: tuple[int, int], generator) -> list[dict]:
+    """Draw small pictures of one size; give the records whose drawing is near enough to the true one."""
+    prompts = processor(captions, height=size[0], width=size[1])
+    sequences = model.generate(**prompts, generation_mode="image", generator=generator)
+    drawn = [row[0] for row in model.collect_image_codes(sequences, prompts["image_sizes"])]
+    truths = [
+        torch.tensor(record["lowres_codes"]).view_as(codes) for record, codes in zip(records, drawn, strict=True)
+    ]
+    ours, theirs = (torch.stack(model_pixels(model, codes)) for codes in (drawn, truths))
+    distances = ((ours - theirs) / 2).square().mean((1, 2, 3)).tolist()
+    return [
+        {**record, "lowres_codes": codes.flatten().tolist(), "distance": distance}
+        for record, codes, distance in zip(records, drawn, distances, strict=True)
+    ]
+
+
+def model_pixels(model, grids: list[torch.Tensor]) -> list[torch.Tensor]:
+    from mars_hf.image_processing_mars import decode_codes
+
+    return decode_codes(model.vqgan, grids)
+
+
+def main() -> None:
+    options = parser.parse_args()
+    torch.set_flush_denormal(True)
+    model = MarsForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32).eval()
+    processor = MarsProcessor.from_pretrained(options.model)
+    rows = open_records(options.data, vqgan=model.vqgan)
+    order = random.Random(options.seed).sample(range(len(rows)), min(options.records, len(rows)))
+    (options.out / "data").mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(order), SHARD)
+    for shard, start in enumerate(tqdm(starts, desc="Drawing", unit="file")):
+        path = options.out / "data" / f"train-{shard:05d}.parquet"
+        if path.exists():
+            continue
+        kept = draw_shard(model, processor, rows.select(order[start : start + SHARD]).to_list(), options, shard)
+        scratch = path.with_suffix(".part")
+        Dataset.from_list(kept).to_parquet(scratch)
+        os.replace(scratch, path)
+
+
+def draw_shard(model, processor, rows: list[dict], options: argparse.Namespace, shard: int) -> list[dict]:
+    factor = round((len(rows[0]["image_codes"]) / len(rows[0]["lowres_codes"])) ** 0.5)
+    generator = torch.Generator().manual_seed(options.seed * 1009 + shard)
+    rng = random.Random(f"{options.seed}/{shard}")
+    kept: list[dict] = []
+    for size in sorted({small_size(row, factor) for row in rows}):
+        alike = [row for row in rows if small_size(row, factor) == size]
+        for start in tqdm(range(0, len(alike), options.batch_size), unit="batch", leave=False):
+            records = alike[start : start + options.batch_size]
+            styles = [replace(CaptionStyle(), chinese=float(rng.random() < 0.5), named_style=1.0) for _ in records]
+            captions = [emoji_caption(record, rng, style) for record, style in zip(records, styles, strict=True)]
+            drawn = draw(model, processor, records, captions, size, generator)
+            kept += [row for row in drawn if row.pop("distance") <= options.max_distance]
+    print(f"file {shard}: {len(kept)} of {len(rows)} drawings are near enough")
+    return kept
+
+
+if __name__ == "__main__":
+    main()

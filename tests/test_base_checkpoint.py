@@ -1,0 +1,124 @@
+"""Checkpoints that are stored against a base."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, pipeline
+
+from mars_hf import MarsConfig, MarsForConditionalGeneration, MarsPipeline, MarsProcessor, hub
+from mars_hf.modeling_mars import is_visual_parameter
+from mars_hf.super_resolution_mars import Enlarger
+from mars_hf.training.run import with_other_config
+
+
+@pytest.fixture
+def pair(tmp_path, tiny_model, tiny_processor):
+    """A base, and inside its folder a model of super-resolution that was trained from it; its weights beside it."""
+    base = hub.export_checkpoint(tiny_model, tiny_processor, tmp_path / "base")
+    changes = {"super_resolution_factor": 2, "cell_embedding": True, "max_grid_size": 8, "codes_per_step": [4, 1]}
+    larger, processor = with_other_config(tiny_model, tiny_processor, changes)
+    for name, parameter in larger.named_parameters():
+        if is_visual_parameter(name):
+            torch.nn.init.normal_(parameter, std=0.1)
+    larger.generation_config.image_defaults = {"temperature": 0.5}
+    folder = hub.export_checkpoint(larger, processor, base / "super_resolution")
+    whole = hub.export_checkpoint(larger, processor, tmp_path / "whole")
+    hub.store_against_base(folder, base)
+    return base, folder, whole
+
+
+def test_only_what_differs_is_stored_and_all_of_it_is_loaded(pair):
+    base, folder, whole = pair
+    stored = load_file(folder / "model.safetensors")
+    assert stored.keys() == {name for name in load_file(whole / "model.safetensors") if is_visual_parameter(name)}
+    expected = MarsForConditionalGeneration.from_pretrained(whole)
+    for loaded in (
+        MarsForConditionalGeneration.from_pretrained(folder),
+        MarsForConditionalGeneration.from_pretrained(base, subfolder="super_resolution"),
+        AutoModel.from_pretrained(folder, trust_remote_code=True),
+    ):
+        theirs = expected.state_dict()
+        assert loaded.state_dict().keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[name]) for name, value in loaded.state_dict().items())
+        assert loaded.generation_config.image_defaults == {"temperature": 0.5}
+        assert loaded.config.super_resolution_factor == 2 and loaded.config.base_checkpoint is None
+        assert not loaded.text_head.weight.requires_grad and loaded.vision_head.weight.requires_grad
+
+
+def test_what_was_loaded_is_saved_complete(pair, tmp_path):
+    model = MarsForConditionalGeneration.from_pretrained(pair[1], dtype=torch.float64)
+    assert model.dtype == torch.float64
+    model.save_pretrained(tmp_path / "saved")
+    again = MarsForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+    assert MarsConfig.from_pretrained(tmp_path / "saved").base_checkpoint is None
+
+
+def test_another_base_is_refused(pair, tiny_model):
+    base, folder, _ = pair
+    tiny_model.save_pretrained(base)  # trained on, since
+    with torch.no_grad():
+        tiny_model.vision_head.weight.add_(1)
+    tiny_model.save_pretrained(base)
+    with pytest.raises(ValueError, match="stored against other weights.*expected the sha256"):
+        MarsForConditionalGeneration.from_pretrained(folder)
+
+
+def test_a_folder_outside_its_base_or_without_common_weights_is_refused(pair, tmp_path, make_model, tiny_processor):
+    base, _, whole = pair
+    with pytest.raises(ValueError, match="must lie inside"):
+        hub.store_against_base(whole, base)
+    with torch.no_grad():
+        other = make_model(text={"vocab_size": 264, "eos_token_id": 256, "pad_token_id": 256})
+        for tensor in other.state_dict().values():
+            tensor.copy_(torch.randn_like(tensor.float()))
+    folder = hub.export_checkpoint(other, tiny_processor, base / "other")
+    with pytest.raises(ValueError, match="no tensor in common"):
+        hub.store_against_base(folder, base)
+
+
+def test_a_base_outside_the_repository_is_refused(pair, monkeypatch, tmp_path):
+    from mars_hf import weights_mars
+
+    config = json.loads((pair[1] / "config.json").read_text())
+    with pytest.raises(ValueError, match="outside its repository"):
+        weights_mars.complete_weights(
+            "someone/mars", {**config["base_checkpoint"], "path": "../.."}, "super_resolution"
+        )
+
+
+def test_a_pipeline_draws_larger_with_what_the_folder_carries(pair, tiny_processor):
+    base, folder, _ = pair
+    pipe = pipeline("text-to-image", model=str(base), trust_remote_code=True)
+    call = {"height": 16, "width": 16, "guidance_scale": 2.0, "do_sample": True, "num_images_per_prompt": 2, "seed": 5}
+    drawn = pipe(["a pear", "an apple"], super_resolution=True, **call)
+    assert [[one["generated_image"].size for one in row] for row in drawn] == [[(32, 32)] * 2] * 2
+
+    model = MarsForConditionalGeneration.from_pretrained(base)
+    enlarger = Enlarger.of(base)
+    assert enlarger.factor == 2 and Enlarger.of(folder).factor == 2
+    inputs = MarsProcessor.from_pretrained(base)("an apple", height=16, width=16)
+    chance = torch.Generator().manual_seed(5)
+    options = {"guidance_scale": 2.0, "do_sample": True, "num_return_sequences": 2, "generator": chance}
+    small = model.generate(**inputs, generation_mode="image", **options)
+    grids = [row[0] for row in model.collect_image_codes(small, inputs["image_sizes"])]
+    pixels = enlarger(["an apple"], grids, generator=chance)
+    expected = enlarger.processor.post_process_multimodal_output(pixels, generation_mode="image")
+    assert [np.asarray(one["generated_image"]).tolist() for one in drawn[1]] == [
+        np.asarray(p).tolist() for p in expected
+    ]
+    with pytest.raises(ValueError, match="3 pictures cannot be shared out among 2 captions"):
+        enlarger(["a", "b"], [*grids, grids[0]])
+
+
+def test_a_folder_without_a_model_of_super_resolution_is_refused(tmp_path, tiny_model, tiny_processor):
+    base = hub.export_checkpoint(tiny_model, tiny_processor, tmp_path / "base")
+    pipe = pipeline("text-to-image", model=str(base), trust_remote_code=True)
+    with pytest.raises(ValueError, match="no folder `super_resolution`"):
+        pipe("a pear", super_resolution=True)
+    in_memory = MarsPipeline(model=tiny_model, processor=tiny_processor)
+    with pytest.raises(ValueError, match="loaded from a folder"):
+        in_memory("a pear", super_resolution=True)
