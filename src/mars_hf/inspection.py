@@ -30,8 +30,8 @@ def inspect_checkpoint(name: str) -> dict[str, Any]:
         name (`str`): `"mars-emoji"` for the embedded one, a folder, or a name on the Hub.
 
     Returns:
-        `dict[str, Any]`: `folder`, `sha256`, `base_checkpoint`, `language_model`, `parts` (parameters, stored bytes and
-        types, whether they train), `vocabulary` (first and last id of each range), `pictures`, and `memory` in bytes.
+        `dict[str, Any]`: `folder`, `sha256`, `base_checkpoint`, `language_model`, `parts` (parameters, stored bytes
+        and types, whether they train), `vocabulary` (first and last id of each range), `pictures`, `memory` in bytes.
 
     Raises:
         ValueError: If there is no MARS, or its files are damaged.
