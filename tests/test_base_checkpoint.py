@@ -1,15 +1,20 @@
 """Checkpoints that are stored against a base."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, pipeline
+from typer.testing import CliRunner
 
 from mars_hf import MarsConfig, MarsForConditionalGeneration, MarsPipeline, MarsProcessor, hub
+from mars_hf.cli import app
 from mars_hf.modeling_mars import is_visual_parameter
+from mars_hf.studio import Studio
 from mars_hf.super_resolution_mars import Enlarger
 from mars_hf.training.run import with_other_config
 
@@ -28,6 +33,10 @@ def pair(tmp_path, tiny_model, tiny_processor):
     whole = hub.export_checkpoint(larger, processor, tmp_path / "whole")
     hub.store_against_base(folder, base)
     return base, folder, whole
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_only_what_differs_is_stored_and_all_of_it_is_loaded(pair):
@@ -122,3 +131,27 @@ def test_a_folder_without_a_model_of_super_resolution_is_refused(tmp_path, tiny_
     in_memory = MarsPipeline(model=tiny_model, processor=tiny_processor)
     with pytest.raises(ValueError, match="loaded from a folder"):
         in_memory("a pear", super_resolution=True)
+
+
+def test_the_command_line_and_the_studio_draw_larger(pair, tmp_path):
+    base, folder, _ = pair
+    large = tmp_path / "large.png"
+    done = run("generate", "a pear", "--model", base, "--out", large, "--seed", 3, "--super-resolution", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["settings"]["super_resolution"] == 2
+    studio = Studio.open(base)
+    (again,) = studio.drawer(super_resolution=True).draw(["a pear"], [3])
+    with Image.open(large) as picture:
+        assert picture.size == (32, 32) and picture.tobytes() == again.tobytes()
+        picture.resize((15, 17)).save(tmp_path / "small.png")
+    for model in (base, folder):
+        done = run(
+            "upscale", tmp_path / "small.png", "--caption", "a pear", "--model", model, "--out", large, "--json"
+        )
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout)["size"] == "32x32"
+    shutil.rmtree(folder)
+    for command in (["generate", "a pear", "--super-resolution"], ["upscale", large, "--caption", "a pear"]):
+        done = run(*command, "--model", base, "--out", tmp_path / "none.png")
+        assert done.exit_code == 2 and "carries no model of super-resolution" in done.stderr
+        assert done.stderr.splitlines()[-1].startswith("mars-hf: ")

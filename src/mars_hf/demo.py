@@ -67,12 +67,13 @@ class Desk:
         codes_per_step: int,
         seed: int,
         count: float,
+        super_resolution: bool,
         request: gr.Request,
     ) -> Iterator[tuple[str, str]]:
         """Yield the pictures as far as they are drawn, and a line that says how far; at last the pictures."""
         with told_to_the_user():
             sampling = {"guidance_scale": guidance_scale, "temperature": temperature, "codes_per_step": codes_per_step}
-            drawer = self.studio.drawer(int(height), int(width), **sampling)
+            drawer = self.studio.drawer(int(height), int(width), super_resolution, **sampling)
             prompts = [check_prompt(prompt)] * int(count)
             seeds = list(range(check_seed(seed), seed + int(count)))
             drawing = self._watch(request, lambda streamer: drawer.draw(prompts, seeds, streamer))
@@ -237,10 +238,11 @@ def _drawing_tab(desk: Desk) -> None:
                 )  # fmt: skip
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0)
                 count = gr.Slider(1, MAX_PICTURES, 1, step=1, label="Pictures (each with a seed of its own)")
+                larger = gr.Checkbox(label="Super-resolution: draw them larger", visible=desk.studio.can_enlarge)
         with gr.Column(min_width=300):
             pictures = gr.HTML(_figures([], []), elem_id="drawn")
             status = gr.Textbox(show_label=False, container=False, interactive=False, elem_id="draw-status")
-    inputs = [prompt, height, width, guidance, temperature, k, seed, count]
+    inputs = [prompt, height, width, guidance, temperature, k, seed, count, larger]
     options = {"show_progress": "hidden", **MODEL_QUEUE}
     drawing = gr.on([start.click, prompt.submit], desk.draw, inputs, [pictures, status], **options)
     stop.click(desk.stop, outputs=status, cancels=[drawing], queue=False, api_visibility="private")

@@ -9,6 +9,7 @@ What this file leaves to others: files (`picture_files.py`, `documents.py`), pag
 import math
 import os
 import unicodedata
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from .evaluation.drawing import Drawer
 from .evaluation.provenance import checkpoint_folder
 from .hub import require_checkpoint
 from .image_processing_mars import check_image_size
+from .super_resolution_mars import FOLDER as SUPER_RESOLUTION
+from .super_resolution_mars import Enlarger
 
 MAX_PROMPT_LENGTH = 4000  # characters; how many tokens fit is the processor's to say
 MAX_SEED = 2**63 - 1
@@ -79,6 +82,7 @@ class Studio:
     Args:
         model ([`MarsForConditionalGeneration`]): The checkpoint.
         processor ([`MarsProcessor`]): Its processor; it is given the model's VQ-GAN.
+        folder (`Path`, *optional*): Where it lies, perhaps with a model of super-resolution inside.
 
     Example:
         >>> studio = Studio.open("mars-emoji")
@@ -87,8 +91,8 @@ class Studio:
         'red apple'
     """
 
-    def __init__(self, model: MarsForConditionalGeneration, processor: MarsProcessor):
-        self.model, self.processor = model, processor
+    def __init__(self, model: MarsForConditionalGeneration, processor: MarsProcessor, folder: Path | None = None):
+        self.model, self.processor, self.folder = model, processor, folder
         processor.image_tokenizer = model.vqgan
 
     @classmethod
@@ -107,15 +111,37 @@ class Studio:
         register()
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         model = MarsForConditionalGeneration.from_pretrained(folder).to(device)
-        return cls(model.eval(), MarsProcessor.from_pretrained(folder))
+        return cls(model.eval(), MarsProcessor.from_pretrained(folder), folder)
 
-    def drawer(self, height: int | None = None, width: int | None = None, **sampling: Any) -> Drawer:
+    @property
+    def can_enlarge(self) -> bool:
+        """Whether the checkpoint carries a model of super-resolution."""
+        return self.folder is not None and (self.folder / SUPER_RESOLUTION / "config.json").is_file()
+
+    @cached_property
+    def enlarger(self) -> Enlarger:
+        """
+        The model of super-resolution, loaded when it is first needed.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        if not self.can_enlarge:
+            raise ValueError(f"The checkpoint {self.folder or ''} carries no model of super-resolution: draw without.")
+        enlarger = Enlarger.of(self.folder)
+        enlarger.model.to(self.model.device)
+        return enlarger
+
+    def drawer(
+        self, height: int | None = None, width: int | None = None, super_resolution: bool = False, **sampling: Any
+    ) -> Drawer:
         """
         Settle a way of drawing.
 
         Args:
             height (`int`, *optional*): Of the pictures, in pixels. Defaults to the model's.
             width (`int`, *optional*): Of the pictures, in pixels. Defaults to the model's.
+            super_resolution (`bool`, defaults to `False`): Draw them larger afterwards.
             sampling: Fields of [`RunConfig`]; what is None or left out is as the checkpoint has it.
 
         Returns:
@@ -132,7 +158,7 @@ class Studio:
             run = RunConfig(**sampling)
         except StrictDataclassError as error:
             raise ValueError(str(error.__cause__ or error)) from None
-        return Drawer(self.model, self.processor, run, *size)
+        return Drawer(self.model, self.processor, run, *size, self.enlarger if super_resolution else None)
 
     def image_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """

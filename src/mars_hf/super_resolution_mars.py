@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from .modeling_mars import MarsForConditionalGeneration
 from .processing_mars import MarsProcessor
@@ -91,6 +92,25 @@ class Enlarger:
         inputs = self.processor(texts, lowres_codes=list(grids), return_tensors="pt").to(self.model.device)
         drawn = self.model.generate(**inputs, generation_mode="image", **generate_kwargs)
         return self.model.decode_image_tokens(drawn, inputs["image_sizes"])
+
+    def upscale(self, picture: Image.Image, caption: str, **generate_kwargs: Any) -> Image.Image:
+        """
+        Draw any picture larger; its sides are first brought to whole codes.
+
+        Args:
+            picture (`PIL.Image.Image`): The small picture.
+            caption (`str`): What it shows.
+            generate_kwargs: Further arguments of `generate`.
+
+        Raises:
+            ValueError: If it is larger than the model can take.
+        """
+        unit = self.processor.downsample_factor
+        height, width = (self.factor * unit * max(1, round(side / unit)) for side in (picture.height, picture.width))
+        inputs = self.processor([caption], lowres_images=[picture], height=height, width=width, return_tensors="pt")
+        drawn = self.model.generate(**inputs.to(self.model.device), generation_mode="image", **generate_kwargs)
+        pixels = self.model.decode_image_tokens(drawn, inputs["image_sizes"])
+        return self.processor.post_process_multimodal_output(pixels, generation_mode="image")[0]  # type: ignore
 
 
 __all__ = ["FOLDER", "Enlarger"]

@@ -73,6 +73,9 @@ def generate(
     codes_per_step: Annotated[
         int | None, typer.Option(help="One that the model was trained for. [default: its first]")
     ] = None,
+    super_resolution: Annotated[
+        bool, typer.Option("--super-resolution", help="Draw them larger with the model that the checkpoint carries.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn together.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each picture.")] = False,
     debug: Debug = False,
@@ -94,7 +97,7 @@ def generate(
         studio = Studio.open(model)
         sampling = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k}
         sampling |= {"negative_prompt": negative_prompt, "codes_per_step": codes_per_step}
-        drawers = [studio.drawer(*pair, **sampling) for pair in sizes]
+        drawers = [studio.drawer(*pair, super_resolution, **sampling) for pair in sizes]
         for drawer in drawers:
             drawer.prepare(prompts)  # refuses what does not fit before anything is drawn
         jobs = [(drawer, prompt, number) for drawer in drawers for prompt in prompts for number in seeds]
@@ -146,6 +149,44 @@ def _fingerprint(model: str) -> str:
     from mars_hf.evaluation.provenance import checkpoint_folder, fingerprint
 
     return fingerprint(checkpoint_folder(model))
+
+
+@app.command(epilog=_examples('mars-hf upscale small.png --caption "a red apple" --out large.png'))
+def upscale(
+    picture: Annotated[Path, typer.Argument(help="Picture file.")],
+    out: Annotated[Path, typer.Option(metavar="FILE.png", help="PNG to write.")],
+    caption: Annotated[str, typer.Option(help="What the picture shows.")],
+    model: Model = str(DEFAULT_CHECKPOINT),
+    codes_per_step: Annotated[
+        int | None, typer.Option(help="One that the model was trained for. [default: its first]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same picture.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Draw a picture larger, with a model of super-resolution or one that carries such a model."""
+    with _one_line_errors(debug):
+        _require_png(out)
+        if not picture.is_file():
+            raise ValueError(f"There is no picture file {picture}.")
+        import torch
+
+        from mars_hf.evaluation.provenance import checkpoint_folder
+        from mars_hf.image_processing_mars import open_picture
+        from mars_hf.picture_files import png_bytes, replace_file
+        from mars_hf.studio import check_prompt, check_seed
+        from mars_hf.super_resolution_mars import Enlarger
+
+        check_prompt(caption), check_seed(seed)
+        small = open_picture(picture)
+        enlarger = Enlarger.of(checkpoint_folder(model))
+        k = codes_per_step or enlarger.model.config.trained_codes_per_step[0]
+        chance = torch.Generator(enlarger.model.device).manual_seed(seed)
+        large = enlarger.upscale(small, caption, codes_per_step=k, generator=chance)
+        facts = {"prompt": caption, "seed": seed, "settings": {"codes_per_step": k, "factor": enlarger.factor}}
+        replace_file(out, png_bytes(large, **facts))
+        size = f"{large.height}x{large.width}"
+        _print_json({"file": str(out), "size": size, **facts}) if as_json else typer.echo(f"{out} ({size})")
 
 
 @app.command(

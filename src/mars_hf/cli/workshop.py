@@ -89,6 +89,42 @@ def data_encode(
         typer.echo(f"{out}: {encode_records(records, out, *tokenizer, wanted, split, rules=rules, **numbers)}")
 
 
+@data.command("canvases")
+def data_canvases(
+    source: Annotated[str, typer.Option("--data", help="Folder of emoji data; of 128 pixels parts stay sharper.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+    records: Annotated[int, typer.Option(min=1, help="How many.")] = 20_000,
+    split: Annotated[str, typer.Option(help="Which split of the data.")] = "train",
+    scale: Annotated[int, typer.Option(min=1, help="1 makes 64x96 and 96x64 pixels, 2 twice that.")] = 1,
+    seed: Annotated[int, typer.Option(help="The same seed makes the same pictures.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Make emoji pictures that are not square: whole ones with white beside, parts, pairs (for Stage II)."""
+    with _one_line_errors(debug):
+        from datasets import load_dataset
+
+        from mars_hf.data.derived import write_canvases
+
+        typer.echo(write_canvases(load_dataset(source, split=split), out, records, split, seed=seed, scale=scale))
+
+
+@data.command("stories")
+def data_stories(
+    source: Annotated[str, typer.Option("--data", help="Emoji data as `mars-hf data encode` wrote them.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+    stories: Annotated[int, typer.Option(min=1, help="How many.")] = 20_000,
+    split: Annotated[str, typer.Option(help="Which split of the data.")] = "train",
+    seed: Annotated[int, typer.Option(help="The same seed tells the same stories.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Make stories of emoji: titles, lines and pictures, in English and Chinese (for joint generation)."""
+    with _one_line_errors(debug):
+        from mars_hf.data.derived import write_stories
+        from mars_hf.data.records import open_records
+
+        typer.echo(write_stories(open_records(source, split), out, stories, split, seed))
+
+
 @data.command("build")
 def data_build(
     config: Annotated[str, typer.Argument(help="YAML file, or the name of one that comes with the package: paper.")],

@@ -12,6 +12,7 @@ from transformers.generation import BaseStreamer
 
 from .. import MarsForConditionalGeneration, MarsProcessor
 from ..drawing_mars import GUIDANCE_SCHEDULES
+from ..super_resolution_mars import Enlarger
 from .config import RunConfig
 from .pictures import Task
 from .prompts import PromptSet
@@ -51,7 +52,9 @@ class Drawer:
         run: RunConfig,
         height: int,
         width: int,
+        enlarger: Enlarger | None = None,
     ):
+        self.enlarger = enlarger
         self.model, self.processor, self.height, self.width = model, processor, height, width
         self.sampling = self._spell_out(run)
         self.negative_prompt = run.negative_prompt
@@ -84,7 +87,9 @@ class Drawer:
     def settings(self) -> dict[str, Any]:
         """Say what the pictures depend on, beside prompts and checkpoint."""
         size = {"height": self.height, "width": self.width}
-        return {**size, "dtype": str(self.model.dtype), "negative_prompt": self.negative_prompt, **self.sampling}
+        enlarged = {} if self.enlarger is None else {"super_resolution": self.enlarger.factor}
+        common = {"dtype": str(self.model.dtype), "negative_prompt": self.negative_prompt}
+        return {**size, **enlarged, **common, **self.sampling}
 
     def __call__(self, tasks: list[Task]) -> list[Image.Image]:
         """Draw a batch; each picture from its own seed."""
@@ -119,7 +124,12 @@ class Drawer:
         drawn = self.model.generate(
             **inputs, generation_mode="image", generator=generators, streamer=streamer, **given
         )
-        pixels = self.model.decode_image_tokens(drawn, inputs["image_sizes"])
+        if self.enlarger is None:
+            pixels = self.model.decode_image_tokens(drawn, inputs["image_sizes"])
+        else:
+            grids = [codes for row in self.model.collect_image_codes(drawn, inputs["image_sizes"]) for codes in row]
+            generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+            pixels = self.enlarger(prompts, grids, generator=generators) if grids else []
         return self.processor.post_process_multimodal_output(pixels, generation_mode="image")
 
 
