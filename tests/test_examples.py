@@ -15,6 +15,7 @@ from PIL import Image
 from mars_hf import DEFAULT_CHECKPOINT, MarsForConditionalGeneration, MarsPipeline, MarsProcessor
 from mars_hf.contact_sheet import MARGIN
 from mars_hf.data import emoji
+from mars_hf.modeling_mars import is_visual_parameter
 from mars_hf.training.recipe import RECIPES
 
 ROOT = Path(__file__).parent.parent
@@ -151,3 +152,26 @@ def test_a_lora_brings_drawings_nearer_to_the_pictures_of_a_folder(tmp_path: Pat
     assert pipe("blue test square", seed=0)[0]["generated_image"].tobytes() == before.tobytes()
     PeftModel.from_pretrained(model, tmp_path / "lora" / "adapter")  # puts it on `model`
     assert pipe("blue test square", seed=0)[0]["generated_image"].tobytes() == after.tobytes()
+
+
+def test_the_tiny_run_leads_from_emoji_to_drawings_and_a_checkpoint(tmp_path: Path) -> None:
+    write_data(tmp_path / "emoji-64", 64)
+    script = (sys.executable, str(ROOT / "examples" / "train_tiny.py"), "--data", "emoji-64", "--out", "tiny")
+    learnt = ("--subjects", "square 0", "square 4", "--max-steps", "2", "--batch-size", "2")
+    run(*script, *learnt, cwd=tmp_path)
+    with Image.open(tmp_path / "tiny" / "drawn.png") as sheet:
+        assert sheet.width == MARGIN + 4 * (128 + MARGIN)  # two drawings, each beside the true picture
+
+    before = MarsForConditionalGeneration.from_pretrained(DEFAULT_CHECKPOINT).state_dict()
+    after = MarsForConditionalGeneration.from_pretrained(tmp_path / "tiny" / "final").state_dict()
+    assert before.keys() == after.keys()
+    frozen = [name for name in before if not is_visual_parameter(name)]
+    assert all(before[name].equal(after[name]) for name in frozen)
+    text_expert, visual_expert = (f"model.layers.0.{mlp}.up_proj.weight" for mlp in ("mlp", "visual_mlp"))
+    assert not after[visual_expert].equal(after[text_expert])  # it has moved away from where it started
+    assert not after[visual_expert].equal(before[visual_expert])
+    draw = ("generate", "square 4", "--out", "drawn.png", "--model", "tiny/final")
+    run(sys.executable, "-m", "mars_hf.cli", *draw, cwd=tmp_path)
+
+    refused = subprocess.run([*script, "--subjects", "unicorn"], capture_output=True, text=True, cwd=tmp_path)
+    assert refused.returncode == 2 and "no pictures of unicorn" in refused.stderr
