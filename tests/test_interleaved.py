@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
 SIZES = torch.tensor([[[16, 16], [12, 20]], [[8, 16], [16, 8]]])  # in pixels, two pictures a row; 4 pixels a code
 
@@ -111,6 +112,22 @@ def test_a_picture_that_does_not_fit_is_not_begun(model):
         row = write(model, prompts(model)[:1], SIZES[:1], max_new_tokens=limit)[0].tolist()
         config = model.config
         assert len(row) <= limit and row.count(config.image_start_token_id) == row.count(config.image_end_token_id)
+
+
+class AlwaysDraw(LogitsProcessor):
+    def __init__(self, start):
+        self.start = start
+
+    def __call__(self, input_ids, scores):
+        return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([self.start]), 0.0)
+
+
+def test_no_processor_begins_a_picture_where_there_is_no_room(model):
+    start = model.config.image_start_token_id
+    processors = LogitsProcessorList([AlwaysDraw(start)])
+    rows = write(model, prompts(model), SIZES, max_new_tokens=30, logits_processor=processors)
+    pictures = (rows == model.config.image_end_token_id).sum(1)
+    assert ((rows == start).sum(1) == pictures).all() and bool((pictures >= 1).any())
 
 
 def test_a_static_cache_writes_what_a_growing_one_writes(model):

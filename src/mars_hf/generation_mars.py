@@ -806,7 +806,8 @@ class MarsGenerationMixin(GenerationMixin):
         if all(isinstance(processor, VOCABULARY_BLIND) for processor in logits_processor):
             scores = logits_processor(written[rows], self._word_scores(logits[rows, 0], may_begin[rows]))
         else:  # it may know rows by their number
-            scores = logits_processor(written, self._word_scores(logits[: len(written), 0], may_begin))[rows]
+            scores = logits_processor(written, self._word_scores(logits[: len(written), 0], may_begin))
+            scores = self._word_scores(scores, may_begin)[rows]  # nor does it lead out of the grammar
         faults.look(scores, rows)
         own = [generator[row] for row in writing] if isinstance(generator, list) else generator
         token[rows] = pick_codes(scores[:, None], generation_config.do_sample, own).squeeze(1)
