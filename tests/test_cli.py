@@ -290,9 +290,15 @@ def test_info_reads_well_and_loads_no_weights(folder: Path, monkeypatch):
     assert "64 x 64 by default, multiples of 8; 64 codes, 1 a step, in raster order" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["generate", "caption", "story", "info", "demo"])
+DRAWING = ["generate", "upscale", "caption", "story", "info", "demo"]
+DATA = [f"data {name}" for name in ("emoji", "encode", "canvases", "stories", "build")]
+
+
+@pytest.mark.parametrize(
+    "command", [*DRAWING, *DATA, "export", "convert", "train", "evaluate", "study make", "study tally"]
+)
 def test_help_has_examples_and_exit_codes(command: str):
-    said = " ".join(re.sub("[│╭╮╰╯─]", " ", run(command, "--help").stdout).split())
+    said = " ".join(re.sub("[│╭╮╰╯─]", " ", run(*command.split(), "--help").stdout).split())
     assert f"mars-hf {command}" in said.split("Examples:")[1] and "130 interrupted" in said
 
 

@@ -65,7 +65,8 @@ def test_only_the_vision_head_is_computed_while_rows_only_draw(model):
     assert set(heads) == {"vision_head"}
     heads.clear()
     written = generate(model, 5, generation_mode="interleaved", max_new_tokens=40)[0, 5:]
-    codes = sum(picture.numel() for row in model.collect_image_codes(written[None], SIZES) for picture in row)
-    # One call for the prompt and one a token but the last; calls that a code follows leave the text head out.
+    (pictures,) = model.collect_image_codes(written[None], SIZES)
+    codes = sum(picture.numel() for picture in pictures)
+    # One call for the prompt and one a token but the last; what a code or `</img>` follows leaves the text head out.
     assert heads.count("vision_head") == len(written)
-    assert heads.count("vision_head") - heads.count("text_head") == codes > 0
+    assert heads.count("vision_head") - heads.count("text_head") == codes + len(pictures) > 0

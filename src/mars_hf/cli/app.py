@@ -57,3 +57,8 @@ def _one_line_errors(debug: bool, extra: str = "data") -> Iterator[None]:
         hint = f". The extras bring it: pip install 'mars_hf[{extra}]'" if missing else ""
         typer.echo(f"mars-hf: {in_one_line(error) or type(error).__name__}{hint}", err=True)
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
+
+
+def examples(*lines: str) -> str:
+    """Write the end of a command's help; blank lines keep lines apart."""
+    return "\n\n".join(["Examples:", *lines, EXIT_CODES])

@@ -11,7 +11,7 @@ import typer
 
 from mars_hf import DEFAULT_CHECKPOINT
 
-from .app import EXIT_CODES, Debug, _one_line_errors, app
+from .app import Debug, _one_line_errors, app, examples
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,13 +34,8 @@ Size = Annotated[
 GuidanceScale = Annotated[float | None, typer.Option(help="1 is no guidance. [default: the model's]")]
 
 
-def _examples(*lines: str) -> str:
-    """Write the end of a command's help; blank lines keep lines apart."""
-    return "\n\n".join(["Examples:", *lines, EXIT_CODES])
-
-
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         'mars-hf generate "a red apple" --out apple.png',
         'mars-hf generate "a red apple" "红苹果" --seed 1 --seed 2 --grid --out sheet.png',
         'mars-hf generate "a red heart" --size 64x64 --size 64x96 --guidance-scale 4 --out heart.png --json',
@@ -151,7 +146,7 @@ def _fingerprint(model: str) -> str:
     return fingerprint(checkpoint_folder(model))
 
 
-@app.command(epilog=_examples('mars-hf upscale small.png --caption "a red apple" --out large.png'))
+@app.command(epilog=examples('mars-hf upscale small.png --caption "a red apple" --out large.png'))
 def upscale(
     picture: Annotated[Path, typer.Argument(help="Picture file.")],
     out: Annotated[Path, typer.Option(metavar="FILE.png", help="PNG to write.")],
@@ -190,7 +185,7 @@ def upscale(
 
 
 @app.command(
-    epilog=_examples("mars-hf caption apple.png", "mars-hf caption photos/*.jpg --json > captions.jsonl"),
+    epilog=examples("mars-hf caption apple.png", "mars-hf caption photos/*.jpg --json > captions.jsonl"),
 )
 def caption(
     pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE...", help="Picture files.")],
@@ -220,7 +215,7 @@ def caption(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         'mars-hf story "Pictures of a red apple in two styles: noto and twemoji." --out story.html',
         'mars-hf story "红苹果的图片，两种风格：noto 和 twemoji。" --out story.md --json',
     )
@@ -261,7 +256,7 @@ def story(
         _print_json({"files": files, "segments": texts}) if as_json else typer.echo("\n".join(files))
 
 
-@app.command(epilog=_examples("mars-hf info", "mars-hf info runs/stage1/final --json"))
+@app.command(epilog=examples("mars-hf info", "mars-hf info runs/stage1/final --json"))
 def info(
     model: Annotated[
         str, typer.Argument(help="Folder or Hub name of the checkpoint.", show_default="the embedded one")
@@ -277,7 +272,7 @@ def info(
         typer.echo(json.dumps(found, ensure_ascii=False, indent=2) if as_json else describe(found))
 
 
-@app.command(epilog=_examples("mars-hf demo", "mars-hf demo --model runs/stage1/final --port 8000"))
+@app.command(epilog=examples("mars-hf demo", "mars-hf demo --model runs/stage1/final --port 8000"))
 def demo(
     model: Model = str(DEFAULT_CHECKPOINT),
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",

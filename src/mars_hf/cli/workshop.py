@@ -9,7 +9,7 @@ import typer
 
 from mars_hf import DEFAULT_CHECKPOINT
 
-from .app import MARKUP, Debug, _one_line_errors, app
+from .app import MARKUP, Debug, _one_line_errors, app, examples
 
 data = typer.Typer(help="Make data sets.", no_args_is_help=True, rich_markup_mode=MARKUP)
 app.add_typer(data, name="data")
@@ -17,7 +17,7 @@ study = typer.Typer(help="Ask people which of two pictures is better.", no_args_
 app.add_typer(study, name="study")
 
 
-@data.command("emoji")
+@data.command("emoji", epilog=examples("mars-hf data emoji --size 64 --out data/emoji-64"))
 def data_emoji(
     out: Annotated[Path, typer.Option(help="Folder to write to; an interrupted run there is continued.")],
     size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 64,
@@ -33,7 +33,13 @@ def data_emoji(
         typer.echo(f"{out}: {numbers}")
 
 
-@data.command("encode")
+@data.command(
+    "encode",
+    epilog=examples(
+        "mars-hf data encode --data data/emoji-64 --size 64 64 --out data/emoji-64-codes",
+        "mars-hf data encode --data data/emoji-128 --size 128 128 --lowres-factor 2 --out data/emoji-128-codes",
+    ),
+)
 def data_encode(
     source: Annotated[
         str, typer.Option("--data", metavar="SOURCE", help="Folder, files ('shards/*.tar') or Hub name of the data.")
@@ -89,7 +95,7 @@ def data_encode(
         typer.echo(f"{out}: {encode_records(records, out, *tokenizer, wanted, split, rules=rules, **numbers)}")
 
 
-@data.command("canvases")
+@data.command("canvases", epilog=examples("mars-hf data canvases --data data/emoji-128 --out data/emoji-canvas"))
 def data_canvases(
     source: Annotated[str, typer.Option("--data", help="Folder of emoji data; of 128 pixels parts stay sharper.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
@@ -108,7 +114,7 @@ def data_canvases(
         typer.echo(write_canvases(load_dataset(source, split=split), out, records, split, seed=seed, scale=scale))
 
 
-@data.command("stories")
+@data.command("stories", epilog=examples("mars-hf data stories --data data/emoji-64-codes --out data/emoji-stories"))
 def data_stories(
     source: Annotated[str, typer.Option("--data", help="Emoji data as `mars-hf data encode` wrote them.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
@@ -125,7 +131,12 @@ def data_stories(
         typer.echo(write_stories(open_records(source, split), out, stories, split, seed))
 
 
-@data.command("build")
+@data.command(
+    "build",
+    epilog=examples(
+        "mars-hf data build paper --show > my.yaml", "mars-hf data build my.yaml --out data/stage2 --workers 8"
+    ),
+)
 def data_build(
     config: Annotated[str, typer.Argument(help="YAML file, or the name of one that comes with the package: paper.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write to. [default: `out` in CONFIG]")] = None,
@@ -154,7 +165,12 @@ def data_build(
         typer.echo(f"{recipe.out}/report.html")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "mars-hf export mars-emoji",
+        "mars-hf export mars-emoji --model runs/emoji-stage1/final --push you/mars-emoji --dry-run",
+    )
+)
 def export(
     out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write.")],
     model: Annotated[
@@ -208,7 +224,7 @@ def export(
             typer.echo(upload_folder(out, push, private=not public))
 
 
-@app.command()
+@app.command(epilog=examples("mars-hf convert --text Qwen-7B --vqgan vqgan-imagenet-f16-16384 --out mars-7b"))
 def convert(
     text: Annotated[Path, typer.Option(help="Language model: a folder with a Qwen or a Llama, or a GGUF file.")],
     vqgan: Annotated[Path, typer.Option(help="VQ-GAN: its folder, or its file of weights.")],
@@ -245,7 +261,12 @@ def convert(
         typer.echo("\n".join([str(conversion.folder), *(f"checked: {check}" for check in conversion.checks)]))
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "mars-hf train emoji/stage1 --out runs/emoji-stage1 --compile",
+        "mars-hf train paper/stage1 --dry-run --gpus 64",
+    )
+)
 def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or a recipe of the package such as emoji/stage1.")],
     out: Annotated[
@@ -284,7 +305,7 @@ def train(
         typer.echo(str(run(loaded, out, compile_pictures, allow_changes)))
 
 
-@app.command()
+@app.command(epilog=examples("mars-hf evaluate emoji", "mars-hf evaluate my.yaml --set model=runs/emoji-stage1/final"))
 def evaluate(
     config: Annotated[
         str,
@@ -311,7 +332,7 @@ def evaluate(
             typer.echo(f"\n{out / 'results.md'}, {out / 'results.json'}")
 
 
-@study.command("make")
+@study.command("make", epilog=examples("mars-hf study make out/pictures/a out/pictures/b --out study"))
 def study_make(
     first: Annotated[Path, typer.Argument(help="Folder of pictures that `evaluate` drew, e.g. OUT/pictures/RUN.")],
     second: Annotated[Path, typer.Argument(help="Another one, of the same prompts.")],
@@ -328,7 +349,7 @@ def study_make(
         typer.echo(f"{out / 'study.html'}: {count} pairs")
 
 
-@study.command("tally")
+@study.command("tally", epilog=examples("mars-hf study tally study votes-*.json"))
 def study_tally(
     folder: Annotated[Path, typer.Argument(help="Folder of the study.")],
     votes: Annotated[list[Path], typer.Argument(help="Files of votes.")],
