@@ -45,7 +45,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArgumen
 
 from mars_hf import DEFAULT_CHECKPOINT, MarsConfig, MarsForConditionalGeneration, MarsProcessor
 from mars_hf.training.collation import AlignedCollator, ShiftedRow
-from mars_hf.training.mixture import MixtureDataset, PackedDataset, Source
+from mars_hf.training.mixture import MixtureDataset, PackedStream, Source
 from mars_hf.training.recipe import Recipe
 from mars_hf.training.trainer import MarsTrainer
 
@@ -310,7 +310,7 @@ def measure_packing() -> dict[str, dict[str, Any]]:
 
 def packed(rows: list[dict[str, Any]], config: MarsConfig, max_length: int) -> dict[str, Any]:
     """Pack rows; count."""
-    packs, lengths = len(PackedDataset(rows, config, max_length)), [len(ShiftedRow.of(one, config)) for one in rows]
+    packs, lengths = len(list(PackedStream(rows, config, max_length))), [len(ShiftedRow.of(r, config)) for r in rows]
     ends = {"shortest": min(lengths), "longest": max(lengths), "rows": len(rows)}
     return {**ends, "pack": max_length, "packs": packs, "waste": 1 - sum(lengths) / packs / max_length}
 

@@ -1,5 +1,6 @@
 """
-One rank of a run that `test_distributed.py` starts: FOLDER, then how it is spread: alone, ddp, fsdp or zero3.
+One rank of a run that `test_distributed.py` starts: FOLDER, then how it is spread: alone, ddp, fsdp or zero3; with
+"packs" in front, on packs of rows that come one after the other.
 
 accelerate shards on accelerators only; that CPU ranks may be sharded too is all that is told to it here.
 """
@@ -11,9 +12,9 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from mars_hf import MarsForConditionalGeneration, MarsProcessor
-from mars_hf.training.collation import AlignedCollator
-from mars_hf.training.mixture import MixtureDataset, Source
+from mars_hf import MarsConfig, MarsForConditionalGeneration, MarsProcessor
+from mars_hf.training.collation import AlignedCollator, PackedCollator
+from mars_hf.training.mixture import MixtureDataset, MixtureStream, PackedStream, Source
 from mars_hf.training.trainer import MarsTrainer
 
 FSDP = {
@@ -60,7 +61,7 @@ class Rows(MixtureDataset):
         return row
 
 
-def rows(processor: MarsProcessor, count: int) -> Rows:
+def sources_of() -> list[Source]:
     """Pictures of several sizes, captions and documents of several lengths."""
     rng = torch.Generator().manual_seed(0)
     records = []
@@ -69,20 +70,30 @@ def rows(processor: MarsProcessor, count: int) -> Rows:
         codes = torch.randint(0, 40, (height * width // 16,), generator=rng).tolist()
         records.append({"image_codes": codes, "height": height, "width": width, "caption": "abcdefgh"[: number + 1]})
     stories = [{"segments": ["one\n", record, "two\n", records[number - 1]]} for number, record in enumerate(records)]
-    sources = [
+    return [
         Source("text-to-image", 0.5, records, lambda record, rng: record["caption"], code_noise=0.5),
         Source("captioning", 0.25, records, lambda record, rng: record["caption"]),
         Source("documents", 0.25, stories),
     ]
-    return Rows(processor, sources, batch_size=2, num_batches=count, batches_per_step=2)
+
+
+def data_of(processor: MarsProcessor, config: MarsConfig, packed: bool) -> tuple:
+    """Give rows or packs of the same rows, and what collates them."""
+    pad, options = processor.tokenizer.pad_token_id, {"batch_size": 2, "batches_per_step": 2}
+    if packed:
+        stream = MixtureStream(processor, sources_of(), codes_per_step=(1, 2), **options)
+        return PackedStream(stream, config, 64, window=16), PackedCollator(config, pad, 64)
+    return Rows(processor, sources_of(), num_batches=60, **options), AlignedCollator(config, pad)
 
 
 def main(folder: Path, spread: str) -> None:
     torch.set_num_threads(1)
+    packed, name = spread.startswith("packs-"), spread
+    spread = spread.removeprefix("packs-")
     if spread == "fsdp":
         let_cpu_ranks_be_sharded()
     args = TrainingArguments(  # before the model: DeepSpeed's is told to the library here
-        str(folder / spread),
+        str(folder / name),
         max_steps=30,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2 if spread == "alone" else 1,
@@ -99,14 +110,14 @@ def main(folder: Path, spread: str) -> None:
     )
     model = MarsForConditionalGeneration.from_pretrained(folder / "start")
     processor = MarsProcessor.from_pretrained(folder / "start")
-    collate = AlignedCollator(model.config, processor.tokenizer.pad_token_id)
-    trainer = MarsTrainer(model=model, args=args, train_dataset=rows(processor, 60), data_collator=collate)
+    data, collate = data_of(processor, model.config, packed)
+    trainer = MarsTrainer(model=model, args=args, train_dataset=data, data_collator=collate)
     trainer.train()
     kinds = {type(parameter).__name__ for parameter in trainer.model_wrapped.parameters()}
     if args.process_index == 0:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         facts = {"losses": losses, "parameters": sorted(kinds), "processes": args.world_size}
-        (folder / f"{spread}.json").write_text(json.dumps(facts))
+        (folder / f"{name}.json").write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":

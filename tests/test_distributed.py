@@ -22,7 +22,9 @@ def folder(tiny_model, tiny_processor, tmp_path):
 
 
 def run(folder, spread):
-    launch = [] if spread == "alone" else ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    launch = (
+        [] if spread.endswith("alone") else ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    )
     command = [sys.executable, *launch, str(RANK), str(folder), spread]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -34,8 +36,9 @@ def assert_the_same_run(folder, alone, spread, parameters):
     assert spread_out["processes"] == 2 and parameters in spread_out["parameters"]
     gaps = [abs(a - b) for a, b in zip(alone["losses"], spread_out["losses"], strict=True)]
     assert len(gaps) == 30 and max(gaps) < 1e-5
+    start = "packs-alone" if spread.startswith("packs-") else "alone"
     one, two = (
-        MarsForConditionalGeneration.from_pretrained(folder / name / "checkpoint-30") for name in ("alone", spread)
+        MarsForConditionalGeneration.from_pretrained(folder / name / "checkpoint-30") for name in (start, spread)
     )
     for name, parameter in two.named_parameters():
         assert torch.allclose(parameter, one.get_parameter(name), atol=1e-4), name
@@ -45,6 +48,10 @@ def test_two_ranks_train_as_one_replicated_and_sharded(folder):
     alone = run(folder, "alone")
     assert_the_same_run(folder, alone, "ddp", "Parameter")
     assert_the_same_run(folder, alone, "fsdp", "DTensor")
+
+
+def test_two_ranks_read_packs_of_a_stream_as_one_does(folder):
+    assert_the_same_run(folder, run(folder, "packs-alone"), "packs-ddp", "Parameter")
 
 
 def test_two_ranks_train_as_one_under_zero3(folder, monkeypatch):

@@ -2,6 +2,8 @@
 
 import copy
 import json
+from collections import Counter
+from itertools import islice
 
 import pytest
 import torch
@@ -191,3 +193,15 @@ def test_records_can_be_read_on_the_way(folder):
         make_trainer(recipe_in(folder, data=[source], training=training), folder / "epochs")
     with pytest.raises(ValueError, match="as a stream, whose records cannot be balanced"):
         recipe_in(folder, data=[{**source, "balance": 0.5}])
+
+
+def test_packs_of_an_epoch_hold_every_pair_once(folder):
+    training = {"num_train_epochs": 4, "per_device_train_batch_size": 2}
+    trainer, _ = make_trainer(recipe_in(folder, training=training, packing=64), folder / "run")
+    packs = list(islice(trainer.train_dataset, 2 * trainer.args.max_steps))
+    shown = Counter(tuple(code for code in row["labels"] if code >= 0) for pack in packs for row in pack)
+    # A pack has room for two of these rows, so that 24 rows are twelve packs, six steps.
+    assert trainer.args.max_steps == 6 and {len(pack) for pack in packs} == {2}
+    assert len(shown) == 6 and set(shown.values()) == {4}
+    again = list(islice(trainer.train_dataset, 2 * trainer.args.max_steps))
+    assert again == packs

@@ -78,7 +78,7 @@ def test_a_small_code_holds_the_upper_left_of_the_cells_that_come_of_it(enlarger
     )
     ids = torch.tensor([row["input_ids"]])
     layout = PictureLayout.of(ids, config.image_token_offset, config.image_start_token_id)
-    cells = find_cells(config, ids, layout, [[(16, 24)]], 4)[0]
+    cells = find_cells(config, ids, layout, [[(16, 24)]])[0]
     start = row["input_ids"].index(config.lowres_start_token_id)
     held = [[0, 0, -1, -1], [0, 2, -1, -1], [0, 4, -1, -1], [2, 0, -1, -1], [2, 2, -1, -1], [2, 4, -1, -1]]
     assert cells[start + 1 : start + 7].tolist() == held
@@ -144,7 +144,8 @@ def test_training_rows_label_the_large_codes_alone(enlarger, tiny_processor):
         assert row["input_ids"][: prompt[name].shape[1]] == prompt[name][0].tolist()
 
 
-def test_packed_and_padded_batches_give_the_loss_of_single_rows(enlarger, tiny_processor):
+@pytest.mark.parametrize("steps", [(4,), (4, 1)])
+def test_packed_and_padded_batches_give_the_loss_of_single_rows(enlarger, tiny_processor, steps):
     processor, config = processor_of(enlarger, tiny_processor), enlarger.config
     records = [
         {"image_codes": small_codes(4, 4, n).flatten().tolist(), "height": 16, "width": 16, "caption_en": "ab" * n,
@@ -153,7 +154,7 @@ def test_packed_and_padded_batches_give_the_loss_of_single_rows(enlarger, tiny_p
     ]  # fmt: skip
     records[1] |= {"image_codes": list(range(24)), "width": 24, "lowres_codes": list(range(6))}
     source = Source("super-resolution", 1.0, records, lambda record, rng: record["caption_en"], code_noise=0.3)
-    rows = [MixtureDataset(processor, [source], 3, 1, codes_per_step=(4,))[n] for n in range(3)]
+    rows = [MixtureDataset(processor, [source], 3, 1, codes_per_step=(k,))[n] for k in steps for n in range(3)]
     pad = processor.tokenizer.pad_token_id
 
     def total(batch):
@@ -168,12 +169,13 @@ def test_packed_and_padded_batches_give_the_loss_of_single_rows(enlarger, tiny_p
     def total_alone(row):
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
         layout = PictureLayout.of(ids, config.image_token_offset, config.image_start_token_id)
-        logits = enlarger(ids, codes_per_step=4, image_sizes=torch.tensor([row["image_sizes"]])).logits
+        k = row["input_ids"].count(config.image_start_token_id)
+        logits = enlarger(ids, codes_per_step=k, image_sizes=torch.tensor([row["image_sizes"]])).logits
         return F.cross_entropy(logits[0], layout.shift_labels(labels)[0], reduction="sum")
 
     alone = sum(total_alone(row) for row in rows)
     padded = total(AlignedCollator(config, pad, prompt_multiple=1)(rows))
-    packed = total(PackedCollator(config, pad, 140)([rows]))
+    packed = total(PackedCollator(config, pad, 280)([rows]))
     assert abs(padded - alone) < 1e-8 and abs(packed - alone) < 1e-8
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from itertools import islice
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from mars_hf.modeling_mars import is_visual_parameter
 from mars_hf.training.collation import AlignedCollator, PackedCollator, ShiftedRow, pack_rows
-from mars_hf.training.mixture import MixtureDataset, MixtureStream, PackedDataset, PackedStream, Source
+from mars_hf.training.mixture import MixtureDataset, MixtureStream, PackedStream, Source
 from mars_hf.training.muon import muon_with_adamw
 from mars_hf.training.trainer import MarsTrainer
 
@@ -169,9 +170,18 @@ def test_packs_hold_every_row_once_and_waste_little():
 
 def test_a_packed_data_set_shows_every_row_of_a_mixture_once(make_tiny, tiny_processor):
     data = mixture(tiny_processor)
-    packed = PackedDataset(data, make_tiny().config, max_length=64, window=6)
-    seen = [tuple(row["input_ids"]) for index in range(len(packed)) for row in packed[index]]
+    stream = MixtureStream(tiny_processor, sources(), 2, 8)
+    packed = PackedStream(stream, make_tiny().config, max_length=64, window=6)
+    seen = [tuple(row["input_ids"]) for pack in packed for row in pack]
     assert sorted(seen) == sorted(tuple(data[index]["input_ids"]) for index in range(len(data)))
+    assert packed.rows_of_a_pack() == 6 / len(
+        pack_rows([len(ShiftedRow.of(data[n], make_tiny().config)) for n in range(6)], 64)
+    )
+
+
+def test_rows_one_after_the_other_are_the_rows_by_number(tiny_processor):
+    data, stream = mixture(tiny_processor), MixtureStream(tiny_processor, sources(), 2)
+    assert list(islice(stream, 16)) == [data[index] for index in range(16)]  # the stream has no end
 
 
 def test_accumulated_batches_step_as_one_batch(make_tiny, tiny_processor, tmp_path):

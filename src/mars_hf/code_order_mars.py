@@ -217,28 +217,32 @@ class PictureLayout:
         return labels.gather(1, targets.clamp_min(0)).masked_fill(targets < 0, ignore_index)
 
 
-def cell_table(grids: Sequence[Sequence[tuple[int, int]]], codes_per_step: int, code_order: str) -> torch.LongTensor:
+def cell_table(
+    grids: Sequence[Sequence[tuple[int, int]]], codes_per_step: int | Sequence[Sequence[int]], code_order: str
+) -> torch.LongTensor:
     """
     List, for each place of each picture, the cell that a token there holds and the cell that it predicts.
 
     Args:
         grids (`list[list[tuple[int, int]]]`):
             For each row, rows and columns of its pictures, in codes. Pictures beyond the last take its size.
-        codes_per_step (`int`): The paper's K, one for all.
+        codes_per_step (`int` or `list[list[int]]`): The paper's K, one for all or for each picture.
         code_order (`str`): See `emission_order`.
 
     Returns:
         `torch.LongTensor` of shape `(batch, pictures, places, 4)`: Row and column of the cell held, row and column of
         the cell predicted; -1 where there is none.
     """
-    places = max(height * width for row in grids for height, width in row) + codes_per_step
+    steps = [[codes_per_step]] * len(grids) if isinstance(codes_per_step, int) else codes_per_step
+    places = max(height * width for row in grids for height, width in row) + max(map(max, steps))
     table = torch.full((len(grids), max(map(len, grids)), places, 4), -1)
-    for row, sizes in enumerate(grids):
+    for row, (sizes, ks) in enumerate(zip(grids, steps, strict=True)):
         for number in range(table.shape[1]):
             height, width = sizes[min(number, len(sizes) - 1)]
-            order = emission_order(height, width, codes_per_step, code_order)
+            k = ks[min(number, len(ks) - 1)]
+            order = emission_order(height, width, k, code_order)
             cells = torch.stack([order // width, order % width], dim=-1)
-            table[row, number, codes_per_step : codes_per_step + len(order), :2] = cells
+            table[row, number, k : k + len(order), :2] = cells
             table[row, number, : len(order), 2:] = cells
     return table  # type: ignore[return-value]
 
@@ -261,7 +265,6 @@ def find_cells(
     input_ids: torch.Tensor,
     layout: PictureLayout,
     image_sizes: Sequence[Sequence[tuple[int, int]]],
-    codes_per_step: int,
 ) -> torch.LongTensor:
     """
     Give the cells `(batch, seq, 4)` of all tokens of whole rows: of pictures, and of what super-resolution starts
@@ -272,11 +275,12 @@ def find_cells(
         input_ids (`torch.LongTensor` of shape `(batch, seq)`): Rows in emission order.
         layout ([`PictureLayout`]): Of these rows.
         image_sizes (`list[list[tuple[int, int]]]`): Heights and widths in pixels of the pictures of each row.
-        codes_per_step (`int`): The paper's K, one for all.
     """
     factor = config.downsample_factor
     grids = [[(height // factor, width // factor) for height, width in row] or [(1, 1)] for row in image_sizes]
-    table = cell_table(grids, codes_per_step, config.code_order).to(input_ids.device)
+    # Every picture has its own K, read off its run of `<img>`.
+    steps = [k[place == 0].tolist() or [1] for k, place in zip(layout.codes_per_step, layout.place, strict=True)]
+    table = cell_table(grids, steps, config.code_order).to(input_ids.device)
     cells = look_up_cells(table, layout.picture, layout.place)
     if config.super_resolution_factor is None:
         return cells  # type: ignore[return-value]

@@ -753,19 +753,15 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
         return PictureLayout.of(input_ids, config.image_token_offset, config.image_start_token_id)
 
     def _cells(
-        self,
-        input_ids: torch.Tensor,
-        layout: PictureLayout,
-        image_sizes: torch.Tensor | None,
-        codes_per_step: int | None,
+        self, input_ids: torch.Tensor, layout: PictureLayout, image_sizes: torch.Tensor | None
     ) -> torch.Tensor | None:
-        starts = torch.tensor([self.config.image_start_token_id, self.config.lowres_start_token_id])
-        if not self.config.cell_embedding or not bool(torch.isin(input_ids, starts.to(input_ids.device)).any()):
+        config = self.config
+        starts = (input_ids == config.image_start_token_id) | (input_ids == config.lowres_start_token_id)
+        if not config.cell_embedding or not bool(starts.any()):
             return None
         if image_sizes is None:
             raise ValueError("A model with `cell_embedding` needs the `image_sizes` of the pictures in `input_ids`.")
-        k = codes_per_step or int(layout.codes_per_step.max())
-        return find_cells(self.config, input_ids, layout, sizes_by_row(image_sizes), k)
+        return find_cells(config, input_ids, layout, sizes_by_row(image_sizes))
 
     @can_return_tuple
     def forward(  # type: ignore[misc]
@@ -807,7 +803,7 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
                 run of `<img>`), -100 where there is none.
             codes_per_step (`int`, *optional*):
                 Longest run of `<img>` in the rows. 1 is next-token prediction. Defaults to the configuration's
-                largest; the rows may hold pictures of several lengths unless there are cell embeddings.
+                largest; the rows may hold pictures of several lengths.
             block_ids, cells:
                 See [`MarsModel.forward`]. Read off `input_ids` if None and there is no earlier token in a cache.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): Compute logits for the last so many positions.
@@ -838,7 +834,7 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
         )
         if layout is not None and input_ids is not None:
             block_ids = layout.block_ids if block_ids is None and self._longest_run(codes_per_step) > 1 else block_ids
-            cells = self._cells(input_ids, layout, image_sizes, codes_per_step) if cells is None else cells
+            cells = self._cells(input_ids, layout, image_sizes) if cells is None else cells
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -171,11 +171,11 @@ def picture_inputs(
 ) -> dict[str, torch.Tensor]:
     """Give `block_ids` where blocks are longer than a token, and `cells` where the model embeds them."""
     layout = PictureLayout.of(input_ids, config.image_token_offset, config.image_start_token_id)
-    longest, inputs = int(layout.codes_per_step.max()), {}
-    if longest > 1:
+    inputs = {}
+    if int(layout.codes_per_step.max()) > 1:
         inputs["block_ids"] = layout.block_ids
     if config.cell_embedding and bool((layout.place >= 0).any()):
-        inputs["cells"] = find_cells(config, input_ids, layout, image_sizes, longest)
+        inputs["cells"] = find_cells(config, input_ids, layout, image_sizes)
     return inputs
 
 

@@ -9,6 +9,7 @@ holds them to measured steps.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from ..modeling_mars import MarsForConditionalGeneration
 from ..processing_mars import MarsProcessor
 from .collation import AlignedCollator, PackedCollator, Row, ShiftedRow, pack_rows
 from .losses import IGNORED_LABEL
-from .mixture import MixtureDataset
+from .mixture import MixtureStream
 from .recipe import AssumedPart, ModelPart, Recipe
-from .run import build_source
+from .run import build_source, rows_of_an_epoch
 
 PAPER_STAGES = ("paper/stage1", "paper/stage2", "paper/stage3")
 PAPER_GPU_DAYS = 587  # of an A100, for all stages: sections 1 and 4.2
@@ -353,9 +354,10 @@ def recipe_config(part: ModelPart, assumed: AssumedPart) -> tuple[MarsConfig, st
 
 def recipe_batches(
     recipe: Recipe, config: MarsConfig, method: Method
-) -> tuple[list[tuple[float, StepShape]], int, str]:
+) -> tuple[list[tuple[float, StepShape]], int | None, str]:
     """
-    Give the shapes of a recipe's batches, each with its share, the rows of an epoch, and where they are from.
+    Give the shapes of a recipe's batches, each with its share, the rows of an epoch if they can be counted, and where
+    they are from.
 
     Raises:
         ValueError: If data are not here and the recipe assumes nothing, or not enough.
@@ -373,8 +375,8 @@ def recipe_batches(
         else MarsProcessor.from_text_tokenizer(AutoTokenizer.from_pretrained(recipe.model.text), config)
     )
     size, k = recipe.training["per_device_train_batch_size"], recipe.trained_codes_per_step
-    rows = MixtureDataset(processor, sources, size, SAMPLED_BATCHES, codes_per_step=k, seed=recipe.seed)
-    batches = [[rows[size * n + place] for place in range(size)] for n in range(SAMPLED_BATCHES)]
+    rows = iter(MixtureStream(processor, sources, size, SAMPLED_BATCHES, codes_per_step=k, seed=recipe.seed))
+    batches = [list(islice(rows, size)) for _ in range(SAMPLED_BATCHES)]
     if recipe.packing is not None:
         everything = [row for batch in batches for row in batch]
         packs = pack_rows([len(ShiftedRow.of(row, config)) for row in everything], recipe.packing)
@@ -384,7 +386,7 @@ def recipe_batches(
             for n in range(per_batch)
         ]
     shapes = [(1 / len(batches), _shape(recipe, config, method, batch)) for batch in batches]
-    return shapes, sum(len(source.records) for source in sources), ", ".join(dict.fromkeys(names))
+    return shapes, rows_of_an_epoch(recipe.data, sources), ", ".join(dict.fromkeys(names))
 
 
 def _shape(recipe: Recipe, config: MarsConfig, method: Method, rows: list[Row]) -> StepShape:
@@ -592,6 +594,8 @@ def estimate_cost(
     per_step = copies * mean(step.examples for _, step in batches)
     tokens, places = mean(s.tokens for _, s in batches), mean(s.rows * s.columns for _, s in batches)
     epochs = recipe.training.get("num_train_epochs")
+    if epochs is not None and rows is None:
+        raise ValueError("A stream does not say how long an epoch is: set `training.max_steps`.")
     return Estimate(
         model=model_from,
         data=data_from,

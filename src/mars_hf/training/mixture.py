@@ -1,13 +1,15 @@
 """
-The rows of a training run: every index of a [`MixtureDataset`] is a task, a record and the form of its caption, all
-decided by the index and the seed, so that a run that stops and resumes sees the same rows.
+The rows of a training run: row `i` of a [`Mixture`] is a task, a record and the form of its caption, all decided by
+the number and the seed, so that a run that stops and resumes sees the same rows. Ask for any of them
+([`MixtureDataset`]), or take them one after the other ([`MixtureStream`], and [`PackedStream`] of several at once).
 """
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import accumulate, count, islice
 from typing import Any
 
 import torch
@@ -85,7 +87,6 @@ class Mixture:
         processor ([`MarsProcessor`]): Writes prompts, captions and documents.
         sources (`list[Source]`): What is mixed.
         batch_size (`int`): Rows of a batch.
-        num_batches (`int`): Batches in all.
         codes_per_step (`Sequence[int]`, defaults to `(1,)`): K is drawn from these, one for each step.
         batches_per_step (`int`, defaults to 1):
             Batches that share a K: processes times accumulation, so that all of a step agree.
@@ -97,29 +98,27 @@ class Mixture:
         processor: MarsProcessor,
         sources: Sequence[Source],
         batch_size: int,
-        num_batches: int,
         codes_per_step: Sequence[int] = (1,),
         batches_per_step: int = 1,
         seed: int = 0,
     ):
         self.processor, self.sources = processor, list(sources)
-        self.batch_size, self.num_batches, self.seed = batch_size, num_batches, seed
+        self.batch_size, self.seed = batch_size, seed
         self.codes_per_step, self.batches_per_step = tuple(codes_per_step), batches_per_step
-        total = sum(source.share for source in self.sources)
-        bounds = torch.tensor([source.share / total for source in self.sources], dtype=torch.float64).cumsum(0)
-        draws = torch.tensor([self._chance("source", batch) for batch in range(num_batches)], dtype=torch.float64)
-        self._source = torch.searchsorted(bounds, draws, right=True).clamp_max(len(self.sources) - 1)
+        self._bounds = list(accumulate(source.share for source in self.sources))
 
     def _chance(self, *names: Any) -> float:
         digest = hashlib.blake2b("/".join(map(str, (self.seed, *names))).encode(), digest_size=8).digest()
         return int.from_bytes(digest) / 2**64
 
-    def __len__(self) -> int:
-        return self.num_batches * self.batch_size
+    def source_number(self, batch: int) -> int:
+        """Give the number of the source of a batch."""
+        place = bisect_right(self._bounds, self._chance("source", batch) * self._bounds[-1])
+        return min(place, len(self.sources) - 1)
 
     def source_of(self, index: int) -> Source:
         """Give the source of a row; it is the same for all rows of a batch."""
-        return self.sources[int(self._source[index // self.batch_size])]
+        return self.sources[self.source_number(index // self.batch_size)]
 
     def steps_codes(self, index: int) -> int:
         """Give the K of a row; it is the same for all rows of a step."""
@@ -164,13 +163,26 @@ class Mixture:
 
 
 class MixtureDataset(Mixture, Dataset):
-    """The rows of a [`Mixture`] whose sources hold all their records: any row can be asked for."""
+    """
+    The rows of a [`Mixture`] whose sources hold all their records: any row can be asked for.
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    Args:
+        processor, sources, batch_size: Of [`Mixture`].
+        num_batches (`int`): Batches in all.
+        kwargs: Of [`Mixture`].
+    """
+
+    def __init__(
+        self, processor: MarsProcessor, sources: Sequence[Source], batch_size: int, num_batches: int, **kwargs: Any
+    ):
+        super().__init__(processor, sources, batch_size, **kwargs)
+        self._source = torch.tensor([self.source_number(batch) for batch in range(num_batches)])
         of_source = torch.nn.functional.one_hot(self._source, len(self.sources))
         self._before = (of_source.cumsum(0) - of_source).gather(1, self._source[:, None]).squeeze(1)
         self._orders = [self._order_of(number) for number in range(len(self.sources))]
+
+    def __len__(self) -> int:
+        return len(self._source) * self.batch_size
 
     def record_of(self, index: int) -> Record:
         """Give the record that a row shows."""
@@ -184,31 +196,46 @@ class MixtureDataset(Mixture, Dataset):
 
 class MixtureStream(Mixture, IterableDataset):
     """
-    The rows of a [`Mixture`] some of whose sources are streams, shuffled in blocks (see [`ShuffledStream`]).
+    The rows of a [`Mixture`] one after the other: of any sources, streams among them, which are shuffled in blocks
+    (see [`ShuffledStream`]).
 
-    Each iteration begins at the first row: a run that resumes reads on to its place. One process reads for all.
+    Each iteration begins at the first row: a run that resumes reads on to its place, and of several processes each
+    reads all and keeps its own.
 
     Args:
+        processor, sources, batch_size: Of [`Mixture`].
+        num_batches (`int`, *optional*): Batches in all; without end if None.
         buffer_size (`int`, defaults to 1000): See [`ShuffledStream`].
-        args, kwargs: Of [`Mixture`].
+        kwargs: Of [`Mixture`].
 
     Raises:
-        ValueError: When it is read by more than one worker, which would each read everything.
+        ValueError: When it is read by more than one worker of a process, which would each read everything.
     """
 
-    def __init__(self, *args: Any, buffer_size: int = 1000, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.buffer_size = buffer_size
+    def __init__(
+        self,
+        processor: MarsProcessor,
+        sources: Sequence[Source],
+        batch_size: int,
+        num_batches: int | None = None,
+        buffer_size: int = 1000,
+        **kwargs: Any,
+    ):
+        super().__init__(processor, sources, batch_size, **kwargs)
+        self.num_batches, self.buffer_size = num_batches, buffer_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
             raise ValueError(
-                f"A stream is read by one worker, got {worker.num_workers}: set `dataloader_num_workers` to 0 or 1."
+                f"Rows that come one after the other are read by one worker, got {worker.num_workers}: set "
+                "`dataloader_num_workers` to 0 or 1."
             )
         records = [self._records_of(number) for number in range(len(self.sources))]
-        for index in range(self.num_batches * self.batch_size):
-            yield self.write_row(index, next(records[int(self._source[index // self.batch_size])]))
+        for batch in count() if self.num_batches is None else range(self.num_batches):
+            of_batch = records[self.source_number(batch)]
+            for index in range(batch * self.batch_size, (batch + 1) * self.batch_size):
+                yield self.write_row(index, next(of_batch))
 
     def _records_of(self, number: int) -> Iterator[Record]:
         source = self.sources[number]
@@ -218,40 +245,20 @@ class MixtureStream(Mixture, IterableDataset):
         return (source.records[order[place]] for place in count())
 
 
-class PackedDataset(Dataset):
+class PackedStream(IterableDataset):
     """
-    Packs of rows of one long sequence of rows, window after window: index `i` is a pack.
+    Packs of rows that come one after the other, window after window.
 
     Rows of a window are packed together (see [`pack_rows`]); what the last packs leave free is all that is wasted.
-    A window has as many packs as its rows need; those of a run are counted once, by their lengths.
 
     Args:
-        rows (`Dataset`): Of rows.
+        rows ([`MixtureStream`]): Of rows.
         config ([`MarsConfig`]): Of the model.
         max_length (`int`): Tokens of a pack.
-        window (`int`, defaults to 4096): Rows that are packed together; its last pack is seldom full.
+        window (`int`, defaults to 4096): Rows that are packed together.
     """
 
-    def __init__(self, rows: Dataset, config: Any, max_length: int, window: int = 4096):
-        self.rows, self.config, self.max_length, self.window = rows, config, max_length, window
-        self._packs: list[list[int]] = []
-        num_rows = len(rows)  # type: ignore[arg-type]
-        for start in range(0, num_rows, window):
-            members = range(start, min(start + window, num_rows))
-            lengths = [len(ShiftedRow.of(rows[index], config)) for index in members]
-            self._packs += [[start + place for place in pack] for pack in pack_rows(lengths, max_length)]
-
-    def __len__(self) -> int:
-        return len(self._packs)
-
-    def __getitem__(self, index: int) -> list[dict[str, Any]]:
-        return [self.rows[row] for row in self._packs[index]]
-
-
-class PackedStream(IterableDataset):
-    """Packs of rows of a stream, window after window; see [`PackedDataset`]."""
-
-    def __init__(self, rows: IterableDataset, config: Any, max_length: int, window: int = 4096):
+    def __init__(self, rows: Iterable[dict[str, Any]], config: Any, max_length: int, window: int = 4096):
         self.rows, self.config, self.max_length, self.window = rows, config, max_length, window
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
@@ -260,5 +267,11 @@ class PackedStream(IterableDataset):
             for pack in pack_rows([len(ShiftedRow.of(row, self.config)) for row in members], self.max_length):
                 yield [members[place] for place in pack]
 
+    def rows_of_a_pack(self) -> float:
+        """Measure the mean number of rows of a pack, on the first window."""
+        members = list(islice(iter(self.rows), self.window))
+        packs = pack_rows([len(ShiftedRow.of(row, self.config)) for row in members], self.max_length)
+        return len(members) / len(packs)
 
-__all__ = ["TASKS", "MixtureDataset", "MixtureStream", "PackedDataset", "PackedStream", "Source"]
+
+__all__ = ["TASKS", "Mixture", "MixtureDataset", "MixtureStream", "PackedStream", "Source"]

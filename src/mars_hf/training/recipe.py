@@ -237,7 +237,7 @@ class Recipe:
             needed.
         loss ([`LossPart`]): How.
         optimizer ([`OptimizerPart`]): By what.
-        codes_per_step (`list[int]`, *optional*): See [`MixtureDataset`]; the stage's if None.
+        codes_per_step (`list[int]`, *optional*): See [`Mixture`]; the stage's if None.
         packing (`int`, *optional*): Tokens of packed rows; rows are padded if None.
         evaluation ([`EvaluationPart`]): What is looked at meanwhile.
         assume ([`AssumedPart`]): For a dry run.

@@ -7,7 +7,7 @@ MARS with its processor.
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..data.records import CaptionMix, RecordRules, captions_of, open_records, t
 from ..modeling_mars import MarsForConditionalGeneration
 from ..processing_mars import MarsProcessor
 from .collation import AlignedCollator, PackedCollator
-from .mixture import MixtureDataset, MixtureStream, PackedDataset, PackedStream, Source
+from .mixture import MixtureDataset, MixtureStream, PackedStream, Source
 from .muon import muon_with_adamw
 from .recipe import DataPart, ModelPart, Recipe
 from .samples import SamplePictures
@@ -160,32 +160,14 @@ def make_trainer(recipe: Recipe, out: Path, compile_pictures: bool = False) -> t
     model, processor = build_model(recipe.model)
     args = training_arguments(recipe, out)
     sources = [build_source(part, model) for part in recipe.data]
-    batches_per_step = args.world_size * args.gradient_accumulation_steps
-    steps = args.max_steps
-    streams = any(source.is_stream for source in sources)
-    if steps < 0 and streams:
-        raise ValueError("A stream does not say how long an epoch is: set `training.max_steps`.")
-    if steps < 0:
-        once = {part.source: len(source.records) for part, source in zip(recipe.data, sources, strict=True)}
-        rows = sum(once.values())  # a pair that two tasks show counts once
-        steps = int(args.num_train_epochs * rows / (args.per_device_train_batch_size * batches_per_step))
-        args.max_steps = steps = max(steps, 1)  # the rows of all epochs are one sequence
-    k = recipe.trained_codes_per_step
-    rows = (MixtureStream if streams else MixtureDataset)(
-        processor,
-        sources,
-        args.per_device_train_batch_size,
-        num_batches=steps * batches_per_step,
-        codes_per_step=k,
-        batches_per_step=batches_per_step,
-        seed=recipe.seed,
-    )
-    pad = processor.tokenizer.pad_token_id
-    packed = recipe.packing is not None
-    pack = PackedStream if streams else PackedDataset
-    data = pack(rows, model.config, recipe.packing) if packed else rows
+    data = _training_rows(recipe, model, processor, sources, args)
     eval_data = _evaluation_rows(recipe, model, processor, args)
-    collate = PackedCollator(model.config, pad, recipe.packing) if packed else AlignedCollator(model.config, pad)
+    pad = processor.tokenizer.pad_token_id
+    collate = (
+        AlignedCollator(model.config, pad)
+        if recipe.packing is None
+        else PackedCollator(model.config, pad, recipe.packing)
+    )
     optimizer: dict[str, Any] = {}
     if recipe.optimizer.name == "muon":
         rates = {
@@ -212,16 +194,53 @@ def make_trainer(recipe: Recipe, out: Path, compile_pictures: bool = False) -> t
     return trainer, processor
 
 
+def rows_of_an_epoch(parts: Sequence[DataPart], sources: Sequence[Source]) -> int | None:
+    """
+    Count the rows of one pass over a recipe's data: records that several tasks show count once.
+
+    Returns:
+        `int`, or `None` if there is a stream, whose end is not known.
+    """
+    if any(source.is_stream for source in sources):
+        return None
+    once = {(part.source, part.split): len(source.records) for part, source in zip(parts, sources, strict=True)}
+    return sum(once.values())
+
+
+def _training_rows(
+    recipe: Recipe,
+    model: MarsForConditionalGeneration,
+    processor: MarsProcessor,
+    sources: list[Source],
+    args: TrainingArguments,
+) -> MixtureDataset | MixtureStream | PackedStream:
+    """Give the rows, or packs of them, of a whole run, and tell `args` how many steps that is: they never repeat."""
+    batch, per_step = args.per_device_train_batch_size, args.world_size * args.gradient_accumulation_steps
+    options = {"codes_per_step": recipe.trained_codes_per_step, "batches_per_step": per_step, "seed": recipe.seed}
+    stream: Any = MixtureStream(processor, sources, batch, **options)
+    if recipe.packing is not None:
+        stream = PackedStream(stream, model.config, recipe.packing)
+    if args.max_steps < 0:
+        rows = rows_of_an_epoch(recipe.data, sources)
+        if rows is None:
+            raise ValueError("A stream does not say how long an epoch is: set `training.max_steps`.")
+        of_a_step = batch * per_step * (1 if recipe.packing is None else stream.rows_of_a_pack())
+        args.max_steps = max(int(args.num_train_epochs * rows / of_a_step), 1)
+    if recipe.packing is not None or any(source.is_stream for source in sources):
+        return stream
+    return MixtureDataset(processor, sources, batch, args.max_steps * per_step, **options)
+
+
 def _evaluation_rows(
     recipe: Recipe, model: MarsForConditionalGeneration, processor: MarsProcessor, args: TrainingArguments
-) -> MixtureDataset | PackedDataset | None:
+) -> MixtureStream | PackedStream | None:
     looks = recipe.evaluation
     if looks.split is None:
         return None
     sources = [build_source(part, model, looks.split) for part in recipe.data]
     options = {"codes_per_step": recipe.trained_codes_per_step, "seed": recipe.seed}
-    rows = MixtureDataset(processor, sources, args.per_device_eval_batch_size, looks.num_batches, **options)
-    return rows if recipe.packing is None else PackedDataset(rows, model.config, recipe.packing)
+    rows = MixtureStream(processor, sources, args.per_device_eval_batch_size, looks.num_batches, **options)
+    return rows if recipe.packing is None else PackedStream(rows, model.config, recipe.packing)
 
 
 def check_resumption(recipe: Recipe, out: Path, facts: dict[str, Any], allow_changes: bool) -> None:

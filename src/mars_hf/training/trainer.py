@@ -74,6 +74,13 @@ class MarsTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
+    def create_accelerator_and_postprocess(self) -> None:
+        if self.args.accelerator_config.dispatch_batches is None:
+            # Rows that come one after the other are read by every process, which keeps its own: accelerate's other
+            # way cuts batches up, and ours hold more than tensors of one length.
+            self.args.accelerator_config.dispatch_batches = False
+        super().create_accelerator_and_postprocess()
+
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int]:
         return SequentialSampler(self.train_dataset)  # the data set shuffles itself
 
