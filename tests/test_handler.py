@@ -60,6 +60,7 @@ REFUSED = {
     "no inputs": ({"inputs": None}, "`text` must be a text"),
     "another key": ({"inputs": "a", "stream": True}, "`request` has no 'stream'; it takes inputs, parameters"),
     "an empty prompt": ({"inputs": " \n"}, "`text` must not be empty"),
+    "marks that are not seen": ({"inputs": "\u200b\u202e \u2060"}, "`text` must not be empty"),
     "100 kB": ({"inputs": "a" * 100_000}, "at most 4000 characters, got 100000"),
     "a control character": ({"inputs": "a\x1b[2Jb"}, r"U\+001B"),
     "a zero byte": ({"inputs": "a\x00b"}, r"U\+0000"),

@@ -88,6 +88,7 @@ def test_a_recipe_that_does_not_exist_is_refused_with_those_that_do(tmp_path):
 
 @pytest.fixture
 def folder(tiny_model, tiny_processor, tmp_path):
+    tiny_model.generation_config.image_defaults = {"do_sample": True}
     tiny_model.save_pretrained(tmp_path / "base")
     tiny_processor.save_pretrained(tmp_path / "base")
     rng = torch.Generator().manual_seed(0)

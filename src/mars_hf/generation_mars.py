@@ -316,7 +316,7 @@ class MarsGenerationMixin(GenerationMixin):
                 f'`generation_mode="{mode}"` samples or is greedy, with a cache of its own: no beams, no '
                 "`use_cache=False` and no paged cache."
             )
-        if self.training and self.is_gradient_checkpointing:
+        if self.training and self.is_activation_checkpointing:
             raise ValueError("Gradient checkpointing leaves no cache to draw with: call `model.eval()` first.")
         return input_ids
 

@@ -75,14 +75,24 @@ def _text(name: str, value: Any) -> str:
         raise RequestError(f"`{name}` must be a text, got {_shown(value)}.")
     if len(value) > MAX_CHARACTERS:
         raise RequestError(f"`{name}` must have at most {MAX_CHARACTERS} characters, got {len(value)}.")
-    if not value.strip():
+    if (character := forbidden_character(value, "\t\n\r")) is not None:
+        raise RequestError(
+            f"`{name}` must hold no control characters and no halves of characters, got U+{ord(character):04X}."
+        )
+    if shows_nothing(value):
         raise RequestError(f"`{name}` must not be empty.")
-    for character in value:
-        if unicodedata.category(character) in ("Cc", "Cs") and character not in "\t\n\r":
-            raise RequestError(
-                f"`{name}` must hold no control characters and no halves of characters, got U+{ord(character):04X}."
-            )
     return value
+
+
+def forbidden_character(text: str, kept: str) -> str | None:
+    """Find the first control character that is not `kept`, or half of a character."""
+    bad = (one for one in text if unicodedata.category(one) in ("Cc", "Cs") and one not in kept)
+    return next(bad, None)
+
+
+def shows_nothing(text: str) -> bool:
+    """Whether a text holds nothing that is seen: spaces, line ends and marks without width."""
+    return all(unicodedata.category(character) in ("Cc", "Cf", "Zs", "Zl", "Zp") for character in text)
 
 
 def _number(low: float, high: float, whole: bool = False) -> Callable[[str, Any], Any]:

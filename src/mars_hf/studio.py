@@ -8,7 +8,6 @@ What this file leaves to others: files (`picture_files.py`, `documents.py`), pag
 
 import math
 import os
-import unicodedata
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,18 +21,17 @@ from . import MarsForConditionalGeneration, MarsProcessor, register
 from .evaluation.config import RunConfig
 from .evaluation.drawing import Drawer
 from .evaluation.provenance import checkpoint_folder
+from .handler import MAX_CHARACTERS, MAX_SEED, forbidden_character, shows_nothing
 from .hub import require_checkpoint
 from .image_processing_mars import check_image_size
 from .super_resolution_mars import FOLDER as SUPER_RESOLUTION
 from .super_resolution_mars import Enlarger
 
-MAX_PROMPT_LENGTH = 4000  # characters; how many tokens fit is the processor's to say
-MAX_SEED = 2**63 - 1
+MAX_PROMPT_LENGTH = MAX_CHARACTERS  # how many tokens fit is the processor's to say
 MAX_CAPTION_TOKENS = 128
 STORY_PICTURES = 4  # that a story has room for, beside its words
 STORY_WORD_TOKENS = 256
 KEPT_CONTROLS = "\n\t"
-UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp")  # Unicode's categories of characters that show nothing by themselves
 
 
 def check_prompt(text: str) -> str:
@@ -51,11 +49,9 @@ def check_prompt(text: str) -> str:
         raise ValueError(
             f"A prompt has at most {MAX_PROMPT_LENGTH:,} characters, but this one has {len(text):,}: shorten it."
         )
-    for character in text:
-        category = unicodedata.category(character)
-        if category == "Cs" or (category == "Cc" and character not in KEPT_CONTROLS):
-            raise ValueError(f"A prompt must be text, but this one holds U+{ord(character):04X}: remove it.")
-    if all(unicodedata.category(character) in UNSEEN for character in text):
+    if (character := forbidden_character(text, KEPT_CONTROLS)) is not None:
+        raise ValueError(f"A prompt must be text, but this one holds U+{ord(character):04X}: remove it.")
+    if shows_nothing(text):
         raise ValueError("The prompt is empty: say what to draw, for example 'a red apple'.")
     return text
 

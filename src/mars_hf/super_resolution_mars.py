@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from .configuration_mars import MarsConfig
 from .modeling_mars import MarsForConditionalGeneration
 from .processing_mars import MarsProcessor
 from .weights_mars import HUB_ARGUMENTS
@@ -52,15 +53,14 @@ class Enlarger:
         place = {**hub, "subfolder": FOLDER}
         if Path(name).is_dir():
             inside = Path(name) / FOLDER
-            if inside.is_dir():
-                name = inside
-            place = hub
+            name, place = inside if inside.is_dir() else name, hub
         try:
-            model = MarsForConditionalGeneration.from_pretrained(name, **{**kwargs, **place})
+            config = MarsConfig.from_pretrained(name, **place)
         except OSError as error:
             raise ValueError(f"{name} carries no model of super-resolution (`{FOLDER}`): {error}") from None
-        if model.config.super_resolution_factor is None:
+        if config.super_resolution_factor is None:
             raise ValueError(f"{name} carries no model of super-resolution: there is no folder `{FOLDER}` in it.")
+        model = MarsForConditionalGeneration.from_pretrained(name, **{**kwargs, **place})
         return cls(model, MarsProcessor.from_pretrained(name, **place))
 
     @property

@@ -46,7 +46,7 @@ def in_one_line(text: object) -> str:
 
 
 @contextmanager
-def _one_line_errors(debug: bool, extra: str = "data") -> Iterator[None]:
+def one_line_errors(debug: bool, extra: str = "data") -> Iterator[None]:
     """Tell what a user can mend in one line, and exit with 2 for a wrong argument, 1 for a failing machine."""
     try:
         yield

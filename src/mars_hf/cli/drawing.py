@@ -11,7 +11,7 @@ import typer
 
 from mars_hf import DEFAULT_CHECKPOINT
 
-from .app import Debug, _one_line_errors, app, examples
+from .app import Debug, app, examples, one_line_errors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -80,7 +80,7 @@ def generate(
 
     A PNG says in its text chunks what decided it: `prompt`, `seed`, `settings` and the hash of the `checkpoint`.
     """
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         _require_png(out)
         sizes, seeds = [_parse_size(text) for text in size or [None]], seed or [0]
         from mars_hf.studio import Studio, check_prompt, check_seed
@@ -160,7 +160,7 @@ def upscale(
     debug: Debug = False,
 ) -> None:
     """Draw a picture larger, with a model of super-resolution or one that carries such a model."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         _require_png(out)
         if not picture.is_file():
             raise ValueError(f"There is no picture file {picture}.")
@@ -195,7 +195,7 @@ def caption(
     debug: Debug = False,
 ) -> None:
     """Say what is in pictures. The language is the model's choice."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         if missing := [path for path in pictures if not path.is_file()]:
             raise ValueError(f"There is no picture file {missing[0]}.")
         from tqdm.auto import tqdm
@@ -237,7 +237,7 @@ def story(
     debug: Debug = False,
 ) -> None:
     """Write a document in which the model draws where it likes. The model must have learned documents."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         from mars_hf.documents import check_suffix, write_document
 
         check_suffix(out)
@@ -265,7 +265,7 @@ def info(
     debug: Debug = False,
 ) -> None:
     """Say what a checkpoint is: its parts, vocabulary, types and memory. Weights are not loaded."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         from mars_hf.inspection import describe, inspect_checkpoint
 
         found = inspect_checkpoint(model)
@@ -281,7 +281,7 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Show the checkpoint in the browser: draw, caption, tell stories. Needs the extra `demo`."""
-    with _one_line_errors(debug, extra="demo"):
+    with one_line_errors(debug, extra="demo"):
         from mars_hf.demo import serve
         from mars_hf.studio import Studio
 

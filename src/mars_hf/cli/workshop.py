@@ -9,7 +9,7 @@ import typer
 
 from mars_hf import DEFAULT_CHECKPOINT
 
-from .app import MARKUP, Debug, _one_line_errors, app, examples
+from .app import MARKUP, Debug, app, examples, one_line_errors
 
 data = typer.Typer(help="Make data sets.", no_args_is_help=True, rich_markup_mode=MARKUP)
 app.add_typer(data, name="data")
@@ -25,7 +25,7 @@ def data_emoji(
     debug: Debug = False,
 ) -> None:
     """Make the emoji data: pictures in four styles with English and Chinese names. Needs npm and the extra `data`."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         from mars_hf.data.emoji import build_emoji_dataset
 
         counts = build_emoji_dataset(out, size, cache)
@@ -73,7 +73,7 @@ def data_encode(
     debug: Debug = False,
 ) -> None:
     """Turn the pictures of a data set into image codes, once, for training."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         if size is not None and short_side is not None:
             raise ValueError("`--size` and `--short-side` exclude each other.")
         if wrong := [name for name in column or [] if name.count("=") != 1]:
@@ -106,7 +106,7 @@ def data_canvases(
     debug: Debug = False,
 ) -> None:
     """Make emoji pictures that are not square: whole ones with white beside, parts, pairs (for Stage II)."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         from datasets import load_dataset
 
         from mars_hf.data.derived import write_canvases
@@ -124,7 +124,7 @@ def data_stories(
     debug: Debug = False,
 ) -> None:
     """Make stories of emoji: titles, lines and pictures, in English and Chinese (for joint generation)."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         from mars_hf.data.derived import write_stories
         from mars_hf.data.records import open_records
 
@@ -147,7 +147,7 @@ def data_build(
     debug: Debug = False,
 ) -> None:
     """Build training data as in the paper: filter, find duplicates, score, caption, encode. Needs the extra `data`."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         from mars_hf.data.build.recipe import config_path, load_recipe
 
         if show:
@@ -202,7 +202,7 @@ def export(
 
     With --push an earlier export in DIR is uploaded as it stands, unless --overwrite is given.
     """
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         if push is None and (public or dry_run):
             raise ValueError("`--public` and `--dry-run` go with `--push REPO`.")
         from mars_hf.hub import export_folder, is_export
@@ -251,7 +251,7 @@ def convert(
     debug: Debug = False,
 ) -> None:
     """Make a MARS of a released language model and a released VQ-GAN, exactly, and check it. It is not trained yet."""
-    with _one_line_errors(debug), warnings.catch_warnings():
+    with one_line_errors(debug), warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: typer.echo(f"mars-hf: {message}", err=True)
         from mars_hf.conversion.convert import convert_to_mars
 
@@ -286,7 +286,7 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train a stage by its recipe, on one device; on many, see `examples/train.py`. Or tell what it would cost."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         from mars_hf.training.recipe import Recipe
 
         loaded = Recipe.load(recipe)
@@ -317,7 +317,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Draw the pictures of an evaluation, measure them and write tables; called again, it continues. Extra `eval`."""
-    with _one_line_errors(debug, extra="eval"):
+    with one_line_errors(debug, extra="eval"):
         from mars_hf.evaluation.config import load_config
 
         settings = load_config(config, changes or [])
@@ -342,7 +342,7 @@ def study_make(
     debug: Debug = False,
 ) -> None:
     """Write a page that shows pairs of pictures blind and saves a participant's votes as a file."""
-    with _one_line_errors(debug, extra="eval"):
+    with one_line_errors(debug, extra="eval"):
         from mars_hf.evaluation.preference import write_study
 
         count = write_study(first, second, out, pairs, seed)
@@ -356,7 +356,7 @@ def study_tally(
     debug: Debug = False,
 ) -> None:
     """Count the votes: the share of the first folder among votes with a preference, and its 95 % interval."""
-    with _one_line_errors(debug, extra="eval"):
+    with one_line_errors(debug, extra="eval"):
         from mars_hf.evaluation.preference import tally
 
         for found in tally(folder / "key.json", votes):

@@ -60,9 +60,7 @@ class SamplePictures(TrainerCallback):
         height, width = (side if one is None else one for one in self.size)
         inputs = self.processor(self.prompts, height=height, width=width).to(mars.device)
         generator = torch.Generator(mars.device).manual_seed(self.seed)
-        random_state = torch.get_rng_state()  # a run with pictures is the same as one without
         drawn = mars.generate(**inputs, generation_mode="image", generator=generator, use_cache=True)
-        torch.set_rng_state(random_state)
         pixels = mars.decode_image_tokens(drawn, inputs["image_sizes"])
         mars.train(was_training)
         pictures = self.processor.post_process_multimodal_output(pixels, generation_mode="image")

@@ -62,7 +62,7 @@ class MarsTrainer(Trainer):
         self.prompts_without_gradient = (
             prompts_without_gradient
             and self.args.world_size == 1
-            and not (self.args.gradient_checkpointing or mars.is_gradient_checkpointing)
+            and not (self.args.gradient_checkpointing or mars.is_activation_checkpointing)
             and mars.config.use_visual_expert
         )
         self._pictures = torch.compile(_picture_terms) if compile_pictures else _picture_terms
