@@ -5,6 +5,7 @@ label to the letter.
 
     mars-hf data emoji --size 64 --out data/emoji-64
     mars-hf data encode --data data/emoji-64 --out data/emoji-64-codes
+    mars-hf data encode --data data/emoji-64 --split test --out data/emoji-64-codes
     python benchmarks/emoji_captioning.py --data data/emoji-64-codes
 
 Captions name the drawing style, which all candidates share: "red apple, noto style".
@@ -56,7 +57,8 @@ def caption(records: list[dict]) -> list[str]:
     start, end = (torch.full((len(codes), 1), t) for t in (config.image_start_token_id, config.image_end_token_id))
     line = torch.tensor(processor.tokenizer("\n")["input_ids"]).expand(len(codes), -1)
     prompts = torch.cat([start, codes, end, line], dim=1)
-    written = model.generate(prompts, generation_mode="text", do_sample=False, max_new_tokens=40)
+    options = {"attention_mask": torch.ones_like(prompts), "do_sample": False, "max_new_tokens": 40}
+    written = model.generate(prompts, generation_mode="text", **options)
     return [text.strip() for text in processor.post_process_image_text_to_text(written[:, prompts.shape[1] :])]
 
 

@@ -8,10 +8,16 @@ the same style. The nearest by mean squared distance at 32 x 32 RGB is what it i
 Prompts are "LABEL, STYLE style" and "LABEL，STYLE 风格". Printed beside the score: what the VQ-GAN's reconstructions
 of the true pictures score (the ceiling) and, for test prompts, how far drawings are from the truth and from the
 nearest train picture of the same subject in another style, which is what a model that only copies would draw.
+
+With `--size 64 96` or `--size 96 64` the emoji is looked for in the middle of the canvas, where training has it. Then
+the same prompts are drawn on square canvases too, while the text goes on to name the other size: the share of pictures
+that this changes says whether the size is read at all.
 """
 
 import argparse
+import json
 import random
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -31,11 +37,13 @@ parser.add_argument("--model", default=str(DEFAULT_CHECKPOINT))
 parser.add_argument("--splits", nargs="+", default=["train", "test"])
 parser.add_argument("--languages", nargs="+", default=["en", "zh"])
 parser.add_argument("--prompts", type=int, default=400)
+parser.add_argument("--size", nargs=2, type=int, default=[64, 64], metavar=("HEIGHT", "WIDTH"), help="in pixels")
 parser.add_argument("--batch-size", type=int, default=50)
 parser.add_argument("--seed", type=int, default=0, help="of the sampler; prompts and candidates are always the same")
 parser.add_argument("--guidance-scale", type=float, help="default: the checkpoint's")
 parser.add_argument("--temperature", type=float, help="0 is greedy; default: the checkpoint's")
 parser.add_argument("--top-k", type=int, help="default: the checkpoint's")
+parser.add_argument("--json", type=Path, help="write the scores to this file too")
 options = parser.parse_args()
 
 torch.set_flush_denormal(True)
@@ -64,15 +72,24 @@ def prompt(record: dict, language: str) -> str:
     return f"{caption}, {style} style" if language == "en" else f"{caption}，{style} 风格"
 
 
-def draw(prompts: list[str]) -> list[np.ndarray]:
+def draw(prompts: list[str], written: list[int], height: int, width: int) -> list[np.ndarray]:
+    """Draw pictures of a size from prompts that name the size `written`; give the square in their middle."""
     pictures, generator = [], torch.Generator().manual_seed(options.seed)
     for start in tqdm(range(0, len(prompts), options.batch_size), desc="Drawing", unit="batch", leave=False):
-        inputs = processor(prompts[start : start + options.batch_size], height=64, width=64, return_tensors="pt")
+        batch = prompts[start : start + options.batch_size]
+        inputs = processor(batch, height=written[0], width=written[1], return_tensors="pt")
+        inputs["image_sizes"] = torch.tensor([height, width]).expand_as(inputs["image_sizes"])
         drawn = model.generate(**inputs, generation_mode="image", generator=generator, **sampling())
         pixels = model.decode_image_tokens(drawn, inputs["image_sizes"])
         images = processor.post_process_multimodal_output(pixels, generation_mode="image")
-        pictures += [small(image) for image in images]
+        pictures += [small(in_the_middle(image)) for image in images]
     return pictures
+
+
+def in_the_middle(image: Image.Image) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
 
 
 def reconstruct(images: list[Image.Image]) -> list[np.ndarray]:
@@ -120,7 +137,12 @@ def score(pictures: list[np.ndarray], candidates: list[list[int]]) -> float:
     return 100 * sum(hits) / len(hits)
 
 
-print(f"{options.model}: {options.prompts} prompts a row, sampling {sampling() or 'as the checkpoint says'}")
+height, width = options.size
+scores: dict[str, float] = {}
+print(
+    f"{options.model}: {options.prompts} prompts a row, {height}x{width} pixels, sampling "
+    f"{sampling() or 'as the checkpoint says'}"
+)
 print(f"{'split':10} {'pictures':22} top-1 of {NUM_CANDIDATES}, %")
 for split in options.splits:
     truths, candidates = choose(split)
@@ -131,8 +153,15 @@ for split in options.splits:
         share = score([copy for copy, _ in known], [row for _, row in known])
         print(f"{split:10} {'best copy from train':22} {share:.1f} (of {len(known)} subjects that train holds)")
     for language in options.languages:
-        drawn = draw([prompt(keys[truth], language) for truth in truths])
-        print(f"{split:10} {'drawn, ' + language:22} {score(drawn, candidates):.1f}", flush=True)
+        prompts = [prompt(keys[truth], language) for truth in truths]
+        drawn = draw(prompts, options.size, height, width)
+        scores[f"{split}, {language}"] = score(drawn, candidates)
+        print(f"{split:10} {'drawn, ' + language:22} {scores[f'{split}, {language}']:.1f}", flush=True)
+        if height != width:
+            side = min(height, width)
+            told, other = (draw(prompts, written, side, side) for written in ([side, side], options.size))
+            changed = 100 * sum(bool((a != b).any()) for a, b in zip(told, other, strict=True)) / len(told)
+            print(f"{'':10}   named on {side}x{side} pixels, {height}x{width} changes {changed:.0f} % of the pictures")
         to_truth = [distance(picture, thumbnails[truth]) for picture, truth in zip(drawn, truths, strict=True)]
         if split == "train":
             print(f"{'':10}   median squared distance to the truth {median(to_truth):.4f}")
@@ -147,3 +176,5 @@ for split in options.splits:
             f"{'':10}   median squared distance to the truth {median(t for t, _ in pairs):.4f}, to the nearest train "
             f"picture of the subject {median(c for _, c in pairs):.4f}; nearer to the latter {nearer:.0f} %"
         )
+if options.json:
+    options.json.write_text(json.dumps({"model": options.model, "size": options.size, "top_1": scores}, indent=1))

@@ -11,7 +11,9 @@ and as its codes give it back, and the ceiling: the large picture's own codes.
 """
 
 import argparse
+import json
 import time
+from pathlib import Path
 
 import torch
 from datasets import load_dataset
@@ -32,6 +34,7 @@ parser.add_argument("--pictures", type=int, default=200)
 parser.add_argument("--codes-per-step", nargs="+", type=int, help="default: all that the model was trained for")
 parser.add_argument("--batch-size", type=int, default=20)
 parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--json", type=Path, help="write the scores to this file too")
 options = parser.parse_args()
 
 torch.set_flush_denormal(True)
@@ -74,9 +77,8 @@ def draw(grids: list[torch.Tensor], k: int) -> torch.Tensor:
 
 def report(name: str, pixels: torch.Tensor, seconds: float | None = None) -> None:
     speed = "" if seconds is None else f"{1000 * seconds / len(truth):10.0f}"
-    print(
-        f"{name:34} {psnr(pixels):8.2f} {frechet_distance(features(pixels), true_features):12.4f} {speed}", flush=True
-    )
+    scores[name] = {"psnr": psnr(pixels), "frechet": frechet_distance(features(pixels), true_features)}
+    print(f"{name:34} {scores[name]['psnr']:8.2f} {scores[name]['frechet']:12.4f} {speed}", flush=True)
 
 
 with torch.no_grad():
@@ -84,6 +86,7 @@ with torch.no_grad():
     large = torch.stack(decode_codes(model.vqgan, encode_pixels(model.vqgan, truth)))
     small_again = torch.stack(decode_codes(model.vqgan, grids))
 true_features = features(truth)
+scores: dict[str, dict[str, float]] = {}
 print(f"{options.model}: {len(truth)} pictures of {options.split}, x{factor}, {model.config.code_order} order")
 print(f"{'':34} {'PSNR, dB':>8} {'Fréchet':>12} {'ms each':>10}")
 report("bicubic, of the small picture", enlarge(small))
@@ -93,3 +96,5 @@ for k in options.codes_per_step or sorted(model.config.trained_codes_per_step):
     drawn = draw(grids, k)
     report(f"drawn, K = {k}", drawn, time.perf_counter() - begin)
 report("the large picture's own codes", large)
+if options.json:
+    options.json.write_text(json.dumps({"model": options.model, "scores": scores}, indent=1))

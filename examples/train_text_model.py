@@ -43,6 +43,7 @@ parser.add_argument("--data-cache", required=True, help="folder for npm packages
 parser.add_argument("--out", required=True, type=Path)
 parser.add_argument("--max-steps", type=int, default=2700)
 parser.add_argument("--batch-size", type=int, default=16, help="rows of 256 tokens")
+parser.add_argument("--hidden-size", type=int, default=256, help="feed-forward blocks are three times as wide")
 parser.add_argument("--compile", action="store_true", help="compile the model (takes a C++ compiler)")
 options = parser.parse_args()
 
@@ -66,7 +67,7 @@ else:
 print(f"{len(documents)} documents, {rows.numel()} tokens, {len(rows) // options.batch_size} steps for all")
 
 model = train_text_model(
-    text_model_config(tokenizer),
+    text_model_config(tokenizer, hidden_size=options.hidden_size, intermediate_size=3 * options.hidden_size),
     rows,
     options.out / "checkpoints",
     max_steps=options.max_steps,

@@ -357,6 +357,20 @@ def test_noise_replaces_fed_codes_and_no_label(tiny_processor):
     assert 40 < dropped < 80
 
 
+def test_a_batch_keeps_all_its_captions_or_none_so_that_prompts_of_text_run_apart(make_tiny, tiny_processor):
+    source = Source("text-to-image", 1.0, records(12), caption, drop_caption=0.25)
+    data = MixtureDataset(tiny_processor, [source], 4, num_batches=200)
+    config = make_tiny().config
+    collate = AlignedCollator(config, pad_token_id=256)
+    counts = []
+    for start in range(0, len(data), 4):
+        batch = collate([data[start + place] for place in range(4)])
+        dropped = (batch["input_ids"] == config.null_token_id).any(1)
+        assert bool(dropped.all()) == bool(dropped.any()) == (batch["num_drawn"] == 0)
+        counts.append(int(dropped.any()))
+    assert 30 < sum(counts) < 70
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -43,7 +43,9 @@ class Source:
             that are replaced by random ones (labels are not); each row draws its own share. A picture of a small data
             set can be told by its first codes: without noise the model comes to lean on them instead of on the prompt,
             and goes astray on its own drawings.
-        drop_caption (`float`, defaults to 0.1): Share of rows that are drawn whose caption is `<null>`.
+        drop_caption (`float`, defaults to 0.1):
+            Share of batches that are drawn whose captions are all `<null>`. Together they run apart: `<null>` is
+            trained, and a batch whose prompts are text alone needs no gradient in them.
 
     Raises:
         ValueError: If the task is unknown, there are no records, or a share is impossible.
@@ -78,7 +80,8 @@ class Source:
 
 class Mixture:
     """
-    The plan of a run over several sources: every block of `batch_size` consecutive rows has one source and one K.
+    The plan of a run over several sources: every block of `batch_size` consecutive rows has one source and one K, and
+    all its captions or none.
 
     Within each pass over a source every record comes once, in an order of that pass's own; with weights, as often as
     chance has it.
@@ -138,7 +141,7 @@ class Mixture:
             return {**row, "task": source.task}
         assert source.write_caption is not None
         draws = source.task in ("text-to-image", "super-resolution")
-        drop = draws and rng.random() < source.drop_caption
+        drop = draws and self._chance("drop", index // self.batch_size) < source.drop_caption
         size = (record["height"], record["width"])
         row = self.processor.training_example(
             source.task,  # type: ignore[arg-type]

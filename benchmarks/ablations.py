@@ -1,0 +1,237 @@
+"""
+The paper's ablations (its Tables 3 and 4) and our own, and next-K-token prediction in each order, on a model of half
+the width of mars-emoji.
+
+    python examples/train_text_model.py --data-cache data/packages --out runs/text-half --hidden-size 128 --compile
+    mars-hf data encode --data data/emoji-64 --out data/emoji-64-codes
+    mars-hf data canvases --data data/emoji-128 --out data/emoji-canvas
+    mars-hf data encode --data data/emoji-canvas --short-side 64 --out data/emoji-canvas-codes
+    mars-hf data encode --data data/emoji-128 --size 128 128 --lowres-factor 2 --out data/emoji-128-codes
+    python benchmarks/ablations.py --data data --text runs/text-half --vqgan runs/vqgan --out runs/ablations --compile
+
+Every arm of a seed sees the same rows in the same order and as many labelled codes: steps of the later stages are
+taken from the first. Each writes OUT/ARM-SEED.json when it is done; interrupted, the same command goes on. Recipes are
+emoji/stage1 to emoji/stage3 with what the arm changes. What has no super-resolution of its own is made larger by
+bicubic enlargement.
+
+The arms of next-K-token prediction go on from the model of stages I and II of the first seed. Those of K = 16 take the
+two orders that were best at K = 4.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from datasets import load_dataset
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from mars_hf import MarsForConditionalGeneration, MarsProcessor
+from mars_hf.data.text import with_style
+from mars_hf.evaluation.metrics import frechet_distance
+from mars_hf.super_resolution_mars import Enlarger
+from mars_hf.training.recipe import Recipe
+from mars_hf.training.run import train
+
+BENCHMARKS = Path(__file__).parent
+STAGES = {
+    "stage I": {},
+    "no visual expert": {"config": {"use_visual_expert": False, "expert_output_projection": False}},
+    "shared output projection": {"config": {"expert_output_projection": False}},
+    "joint loss": {"scope": "joint"},
+    "stages I, II": {"shares": (0.6, 0.4)},
+    "stages I, II, III": {"shares": (0.4, 0.2, 0.4)},
+}
+PREDICTION = {
+    "K1 raster": {"codes_per_step": 1, "code_order": "raster", "cell_embedding": False},
+    "K1 raster, cells": {"codes_per_step": 1, "code_order": "raster", "cell_embedding": True},
+    "K4 raster": {"codes_per_step": 4, "code_order": "raster", "cell_embedding": False},
+    "K4 region": {"codes_per_step": 4, "code_order": "region", "cell_embedding": True},
+    "K4 block2x2": {"codes_per_step": 4, "code_order": "block2x2", "cell_embedding": True},
+    "K16 best order": {},
+    "K16 second order": {},
+}
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--data", required=True, type=Path, help="folder of the data sets named above")
+parser.add_argument("--text", required=True, help="language model")
+parser.add_argument("--vqgan", required=True, help="image tokenizer")
+parser.add_argument("--out", required=True, type=Path)
+parser.add_argument("--arms", nargs="+", choices=[*STAGES, *PREDICTION], default=[*STAGES, *PREDICTION])
+parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+parser.add_argument("--steps", type=int, default=1000, help="of Stage I alone, 4,096 labelled codes each")
+parser.add_argument("--pictures", type=int, default=200, help="to judge by")
+parser.add_argument("--compile", action="store_true", help="takes a C++ compiler")
+options = parser.parse_args()
+
+
+def recipe(stage: int, steps: int, seed: int, base: Path | None = None, **changes) -> Recipe:
+    """Give the package's recipe of a stage with another length, models and data of this machine, and `changes`."""
+    found = Recipe.load(f"emoji/stage{stage}")
+    rows = {1: 64, 2: 64, 3: 16}[stage]  # Stage III's pictures have four times the codes
+    data = [replace(part, source=str(options.data / Path(part.source).name)) for part in found.data]
+    config = {**found.model.config, **changes.pop("config", {})}
+    origin = {"text": options.text, "vqgan": options.vqgan} if base is None else {"base": str(base)}
+    schedule = {"lr_scheduler_kwargs": {"num_decay_steps": max(steps // 3, 1), "decay_type": "linear"}}
+    training = {**found.training, "max_steps": steps, "per_device_train_batch_size": rows, **schedule}
+    training |= {"warmup_steps": max(steps // 20, 1), "save_steps": 200, "disable_tqdm": False}
+    return replace(
+        found,
+        model=replace(found.model, **{"text": None, "vqgan": None, "base": None, "config": config, **origin}),
+        data=data,
+        training=training,
+        seed=seed,
+        loss=replace(found.loss, scope=changes.pop("scope", found.loss.scope)),
+        **changes,
+    )
+
+
+def run(name: str, what: Recipe) -> tuple[Path, float]:
+    """Train, or go on; give the finished model and the minutes that it took in all."""
+    out = options.out / "runs" / name
+    clock = out / "minutes.json"
+    before = json.loads(clock.read_text()) if clock.exists() else 0.0
+    if not (out / "final" / "config.json").exists():
+        begin = time.monotonic()
+        train(what, out, options.compile)
+        before += (time.monotonic() - begin) / 60
+        clock.write_text(json.dumps(before))
+    return out / "final", before
+
+
+def identity(model: Path) -> dict[str, float]:
+    """Top-1 of 100 on train and test prompts, by emoji_identity.py."""
+    file = model.parent / "identity.json"
+    asked = ["--data", str(options.data / "emoji-64"), "--model", str(model), "--prompts", str(options.pictures)]
+    subprocess.run([sys.executable, BENCHMARKS / "emoji_identity.py", *asked, "--json", file], check=True)
+    return json.loads(file.read_text())["top_1"]
+
+
+@torch.no_grad()
+def distance_at_128(base: Path, enlarger: Enlarger | None) -> float:
+    """Fréchet distance on VQ-GAN features between pictures of test prompts at 128 pixels and the true ones."""
+    model = MarsForConditionalGeneration.from_pretrained(base, dtype=torch.float32).eval()
+    processor = MarsProcessor.from_pretrained(base)
+    rows = load_dataset(str(options.data / "emoji-128"), split="test").shuffle(seed=0)
+    rows = rows.select(range(min(options.pictures, len(rows))))
+    captions = [with_style(row["caption_en"], row["style"], "en") for row in rows.remove_columns("image")]
+    truth = processor.image_processor(rows["image"], do_resize=False, return_tensors="pt")["pixel_values"]
+    generator, drawn = torch.Generator().manual_seed(0), []
+    for start in tqdm(range(0, len(captions), 20), desc="Drawing", unit="batch", leave=False):
+        texts = captions[start : start + 20]
+        inputs = processor(texts, height=64, width=64, return_tensors="pt")
+        ids = model.generate(**inputs, generation_mode="image", generator=generator)
+        if enlarger is None:
+            small = torch.stack(model.decode_image_tokens(ids, inputs["image_sizes"]))
+            drawn.append(F.interpolate(small, truth.shape[-2:], mode="bicubic").clamp(-1, 1))
+        else:
+            grids = [codes for row in model.collect_image_codes(ids, inputs["image_sizes"]) for codes in row]
+            drawn.append(torch.stack(enlarger(texts, grids, generator=generator)))
+
+    def features(pixels: torch.Tensor) -> torch.Tensor:
+        states = torch.cat([model.vqgan.encoder(batch) for batch in pixels.split(20)])
+        return F.adaptive_avg_pool2d(states, 2).flatten(1)
+
+    return frechet_distance(features(torch.cat(drawn)), features(truth))
+
+
+def stages_arm(arm: str, seed: int) -> dict:
+    settings = dict(STAGES[arm])
+    shares = settings.pop("shares", (1.0,))
+    model, minutes, enlarger = None, 0.0, None
+    for stage, share in enumerate(shares, start=1):
+        steps = max(round(share * options.steps), 1)
+        name = f"{arm.replace(', ', '-').replace(' ', '-')}-{stage}-{seed}"
+        made, took = run(name, recipe(stage, steps, seed, model, **(settings if stage == 1 else {})))
+        minutes += took
+        if stage == 3:
+            enlarger = Enlarger.of(made, dtype=torch.float32)
+        else:
+            model = made
+    assert model is not None
+    return {"minutes": minutes, "top_1": identity(model), "frechet_128": distance_at_128(model, enlarger)}
+
+
+def prediction_arm(arm: str, seed: int) -> dict:
+    settings = dict(PREDICTION[arm])
+    if not settings:
+        settings = {"codes_per_step": 16, "code_order": best_orders(seed)[arm == "K16 second order"]}
+        settings["cell_embedding"] = settings["code_order"] != "raster"
+    first, second = (round(share * options.steps) for share in STAGES["stages I, II"]["shares"])
+    base, _ = run(f"stages-I-II-1-{seed}", recipe(1, first, seed))
+    base, _ = run(f"stages-I-II-2-{seed}", recipe(2, second, seed, base))
+    name = arm.replace(", ", "-").replace(" ", "-")
+    what = recipe(3, options.steps, seed, base, config=settings, codes_per_step=[settings["codes_per_step"]])
+    model, minutes = run(f"{name}-{seed}", what)
+    file = model.parent / "super_resolution.json"
+    asked = ["--data", options.data / "emoji-128", "--model", model, "--pictures", str(options.pictures)]
+    subprocess.run([sys.executable, BENCHMARKS / "super_resolution.py", *asked, "--json", file], check=True)
+    return {"minutes": minutes, **settings, "scores": json.loads(file.read_text())["scores"]}
+
+
+def best_orders(seed: int) -> list[str]:
+    """The orders of K = 4, the nearest in Fréchet distance first."""
+    found = {}
+    for arm in ("K4 raster", "K4 region", "K4 block2x2"):
+        result = json.loads(file_of(arm, seed).read_text())
+        found[result["code_order"]] = result["scores"]["drawn, K = 4"]["frechet"]
+    return sorted(found, key=found.__getitem__)
+
+
+def file_of(arm: str, seed: int) -> Path:
+    return options.out / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}.json"
+
+
+def results(arms: dict, seeds: list[int]) -> dict[str, list[dict]]:
+    """Read what is done, by arm."""
+    files = {arm: [file_of(arm, seed) for seed in seeds] for arm in arms}
+    return {arm: [json.loads(file.read_text()) for file in of_arm if file.exists()] for arm, of_arm in files.items()}
+
+
+def print_stages() -> None:
+    """Print the first table, seeds side by side."""
+    print(
+        "\n| arm | minutes | train, en | train, zh | test, en | test, zh | Fréchet, 128 px |\n|---|---|---|---|---|---|---|"
+    )
+    for arm, done in results(STAGES, options.seeds).items():
+        names = [f"{split}, {language}" for split in ("train", "test") for language in ("en", "zh")]
+        columns = [[f"{one['minutes']:.0f}" for one in done]]
+        columns += [[f"{one['top_1'][name]:.1f}" for one in done] for name in names]
+        columns += [[f"{one['frechet_128']:.3f}" for one in done]]
+        if done:
+            print(f"| {arm} | {' | '.join(', '.join(cells) for cells in columns)} |")
+
+
+def print_prediction() -> None:
+    """Print the second table: each arm, then what they stand beside."""
+    print("\n| arm | order | minutes | PSNR, dB | Fréchet |\n|---|---|---|---|---|")
+    beside: dict[str, dict] = {}
+    for arm, done in results(PREDICTION, options.seeds[:1]).items():
+        for one in done:
+            beside = {name: score for name, score in one["scores"].items() if not name.startswith("drawn")}
+            score = one["scores"][f"drawn, K = {one['codes_per_step']}"]
+            row = f"{one['code_order']} | {one['minutes']:.0f}"
+            print(f"| {arm} | {row} | {score['psnr']:.2f} | {score['frechet']:.4f} |")
+    for name, score in beside.items():
+        print(f"| {name} | | | {score['psnr']:.2f} | {score['frechet']:.4f} |")
+
+
+if __name__ == "__main__":
+    torch.set_flush_denormal(True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for arm in options.arms:
+        for seed in options.seeds if arm in STAGES else options.seeds[:1]:
+            file = file_of(arm, seed)
+            if not file.exists():
+                print(f"== {arm}, seed {seed}", flush=True)
+                result = stages_arm(arm, seed) if arm in STAGES else prediction_arm(arm, seed)
+                scratch = file.with_suffix(".part")
+                scratch.write_text(json.dumps({"arm": arm, "seed": seed, "steps": options.steps, **result}, indent=1))
+                scratch.replace(file)
+    print_stages()
+    print_prediction()
