@@ -195,9 +195,8 @@ def results(arms: dict, seeds: list[int]) -> dict[str, list[dict]]:
 
 def print_stages() -> None:
     """Print the first table, seeds side by side."""
-    print(
-        "\n| arm | minutes | train, en | train, zh | test, en | test, zh | Fréchet, 128 px |\n|---|---|---|---|---|---|---|"
-    )
+    print("\n| arm | minutes | train, en | train, zh | test, en | test, zh | Fréchet, 128 px |")
+    print("|---|---|---|---|---|---|---|")
     for arm, done in results(STAGES, options.seeds).items():
         names = [f"{split}, {language}" for split in ("train", "test") for language in ("en", "zh")]
         columns = [[f"{one['minutes']:.0f}" for one in done]]

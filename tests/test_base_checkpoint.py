@@ -57,6 +57,31 @@ def test_only_what_differs_is_stored_and_all_of_it_is_loaded(pair):
         assert not loaded.text_head.weight.requires_grad and loaded.vision_head.weight.requires_grad
 
 
+def test_an_export_carries_the_model_of_super_resolution_along(pair, tmp_path):
+    base, _, whole = pair
+    for name, source, options in (
+        ("as it is", base, {}),
+        ("rounded", base, {"weights_dtype": "bfloat16", "separate_frozen": True}),
+        ("put together", base, {"super_resolution": whole, "weights_dtype": "bfloat16"}),
+    ):
+        out = hub.export_folder(source, tmp_path / name, **options)
+        stored = load_file(out / "super_resolution" / "model.safetensors")
+        assert all(is_visual_parameter(key) for key in stored)
+        ours = Enlarger.of(out, dtype=torch.float32).model.state_dict()
+        for key, value in MarsForConditionalGeneration.from_pretrained(whole).state_dict().items():
+            assert torch.equal(ours[key], value.bfloat16().float() if options else value)
+        assert not list((out / "super_resolution").glob("*.py")) and (out / "handler.py").is_file()
+
+
+def test_a_folder_that_enlarges_nothing_or_belongs_to_others_is_not_carried_along(pair, tmp_path):
+    base, folder, whole = pair
+    with pytest.raises(ValueError, match="draws from text alone"):
+        hub.export_folder(base, tmp_path / "out", super_resolution=base)
+    with pytest.raises(ValueError, match="stored against other weights"):
+        hub.export_folder(whole, tmp_path / "out", super_resolution=folder)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_was_loaded_is_saved_complete(pair, tmp_path):
     model = MarsForConditionalGeneration.from_pretrained(pair[1], dtype=torch.float64)
     assert model.dtype == torch.float64

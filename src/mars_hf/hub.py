@@ -201,6 +201,7 @@ def export_folder(
     separate_frozen: bool = False,
     gallery: int = 0,
     results: str | os.PathLike | None = None,
+    super_resolution: str | os.PathLike | None = None,
 ) -> Path:
     """
     Write a saved checkpoint as a complete Hub folder, its weights bit for bit as stored.
@@ -222,17 +223,21 @@ def export_folder(
             Number of pictures to draw for the card, of the first prompts of its facts.
         results (`str` or `os.PathLike`, *optional*):
             The `results.json` of an evaluation of `source`, for the card's tables and the Hub's `model-index`.
+        super_resolution (`str` or `os.PathLike`, *optional*):
+            Folder of a model of super-resolution that was trained from `source`, to travel inside: of its weights what
+            `source` does not hold. `None` takes the one that `source` carries along, if any.
 
     Returns:
         `Path`: The folder.
 
     Raises:
-        ValueError: If `source` holds no complete MARS checkpoint, `out` exists and is not empty (with
-            `overwrite`: and is no earlier export), there are fewer prompts than `gallery`, or `results` are no results
-            or of other weights.
+        ValueError: If `source` or `super_resolution` holds no complete MARS checkpoint, `out` exists and is not empty
+            (with `overwrite`: and is no earlier export), there are fewer prompts than `gallery`, or `results` are no
+            results or of other weights.
     """
     source, out = Path(source), Path(out)
     require_checkpoint(source)
+    enlarger = _enlarger_of(source, super_resolution)
     if facts is None and source.resolve() == DEFAULT_CHECKPOINT.resolve():
         facts = emoji_facts()
     _require_prompts(gallery, facts or CardFacts())
@@ -250,8 +255,47 @@ def export_folder(
             _store_weights_as(folder, weights_dtype)
         if separate_frozen:
             _separate_frozen(folder)
+        if enlarger is not None:
+            _carry_enlarger(enlarger, folder, weights_dtype)
         _complete(folder, facts or CardFacts(), gallery, found)
     return out
+
+
+def _enlarger_of(source: Path, asked: str | os.PathLike | None) -> Path | None:
+    """Find the model of super-resolution to carry along, and hold it to what it has to be."""
+    from mars_hf.super_resolution_mars import FOLDER
+    from mars_hf.weights_mars import weight_files, weights_digest
+
+    if asked is None and not (source / FOLDER).is_dir():
+        return None
+    folder = source / FOLDER if asked is None else Path(asked)
+    require_checkpoint(folder)
+    config = _read_json(folder / "config.json")
+    if config.get("super_resolution_factor") is None:
+        raise ValueError(f"{folder} draws from text alone: `super_resolution` must be a model of super-resolution.")
+    base = config.get("base_checkpoint")
+    if base is not None and base["sha256"] != weights_digest(weight_files(source)):
+        raise ValueError(f"{folder} is stored against other weights than {source}: give it as it was trained.")
+    return folder
+
+
+def _carry_enlarger(source: Path, out: Path, dtype: str | None) -> None:
+    """Put a model of super-resolution into the folder of its base, which holds the code for both."""
+    from mars_hf.super_resolution_mars import FOLDER
+    from mars_hf.weights_mars import weight_files, weights_digest
+
+    folder = out / FOLDER
+    folder.mkdir()
+    for path in source.iterdir():
+        if path.suffix in _CARRIED_SUFFIXES and path.name not in _LEFT_BEHIND:
+            shutil.copyfile(path, folder / path.name)
+    if dtype is not None:
+        _store_weights_as(folder, dtype)
+    if _read_json(folder / "config.json").get("base_checkpoint") is None:
+        store_against_base(folder, out)
+    else:  # whose weights may have been rounded or split just now
+        digest = weights_digest(weight_files(out))
+        _edit_json(folder / "config.json", base_checkpoint={"path": "..", "sha256": digest})
 
 
 def store_against_base(folder: str | Path, base: str | Path) -> Path:
@@ -518,6 +562,18 @@ def model_card(folder: Path, facts: CardFacts, results: dict[str, Any] | None = 
     context = config.get("text_config", {}).get("max_position_embeddings", 2048)
     quoted = [json.dumps(prompt, ensure_ascii=False) for prompt in facts.prompts]
     request = json.dumps({"inputs": facts.prompts[0], "parameters": {"seed": 0}}, ensure_ascii=False)
+    enlarger = folder / "super_resolution"
+    larger, enlarging = "", ""
+    if enlarger.is_dir():
+        times = _read_json(enlarger / "config.json")["super_resolution_factor"]
+        larger = f"""
+With `super_resolution=True` a second model, in the folder `super_resolution`, draws pictures {times} times as large:
+
+```python
+pipe({quoted[0]}, super_resolution=True, seed=0)[0]["generated_image"].save("large.png")
+```
+"""
+        enlarging = f"\n| the same of the model of super-resolution | {count_parameters(enlarger)['visual']:,} |"
     return f"""---
 license: {facts.license}
 language: [{", ".join(facts.languages)}]
@@ -549,7 +605,7 @@ drawn = pipe([{", ".join(quoted[:2])}], height={size}, width={size}, guidance_sc
 for number, pictures in enumerate(drawn):
     pictures[0]["generated_image"].save(f"picture-{{number}}.png")
 ```
-
+{larger}
 `num_images_per_prompt`, `negative_prompt`, `do_sample`, `temperature`, `top_k` and `top_p` pass through. The same
 model writes captions, and documents of text and pictures:
 
@@ -587,7 +643,7 @@ print(answer[0]["generated_image"][:20])  # a PNG file in base64
 | part | parameters |
 |---|---|
 | language model (frozen) | {counts["text"]:,} |
-| visual experts, embedding and head | {counts["visual"]:,} |
+| visual experts, embedding and head | {counts["visual"]:,} |{enlarging}
 | VQ-GAN ({config["codebook_size"]:,} codes, one for {factor} x {factor} pixels) | {counts["vqgan"]:,} |
 {"" if results is None else _results_section(results)}
 ## Limits and bias

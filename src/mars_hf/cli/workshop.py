@@ -187,6 +187,12 @@ def export(
     results: Annotated[
         Path | None, typer.Option(help="A results.json of `evaluate`, for the model card.", show_default="none")
     ] = None,
+    super_resolution: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="A model that enlarges its pictures, to travel inside.", show_default="its own"
+        ),
+    ] = None,
     push: Annotated[
         str | None,
         typer.Option(
@@ -211,6 +217,7 @@ def export(
         if push is not None:
             check_repo_id(push) if dry_run else check_upload(push)
         content = {"weights_dtype": weights_dtype, "gallery": gallery, "results": results}
+        content |= {"super_resolution": super_resolution}
         if push is None or overwrite or not is_export(out):
             export_folder(model, out, overwrite=overwrite, separate_frozen=separate_frozen, **content)
             typer.echo(str(out))
