@@ -7,7 +7,7 @@ super-resolution meets in use.
 
 `--data` is what `mars-hf data encode --lowres-factor 2` wrote. Records keep all but their `lowres_codes`, which are
 drawn from the caption; drawings that are far from the true small picture are left out, for its large one would teach
-to ignore them. Interrupted, it goes on with the next file of 1,000 records.
+to ignore them. Interrupted, it goes on with the next file of 1,000 records. `codes.json` says whose codes they are.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from mars_hf import MarsForConditionalGeneration, MarsProcessor
 from mars_hf.data.emoji_captions import CaptionStyle, emoji_caption
+from mars_hf.data.encode import open_manifest, read_manifest, write_manifest
 from mars_hf.data.records import open_records
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -69,16 +70,26 @@ def main() -> None:
     processor = MarsProcessor.from_pretrained(options.model)
     rows = open_records(options.data, vqgan=model.vqgan)
     order = random.Random(options.seed).sample(range(len(rows)), min(options.records, len(rows)))
-    (options.out / "data").mkdir(parents=True, exist_ok=True)
-    starts = range(0, len(order), SHARD)
-    for shard, start in enumerate(tqdm(starts, desc="Drawing", unit="file")):
-        path = options.out / "data" / f"train-{shard:05d}.parquet"
-        if path.exists():
-            continue
-        kept = draw_shard(model, processor, rows.select(order[start : start + SHARD]).to_list(), options, shard)
-        scratch = path.with_suffix(".part")
-        Dataset.from_list(kept).to_parquet(scratch)
-        os.replace(scratch, path)
+    made_by = read_manifest(options.data)
+    recipe = {"drawn_for": made_by["recipe"], "seed": options.seed, "max_distance": options.max_distance}
+    manifest, done = open_manifest(options.out, made_by["tokenizer"], recipe, "train", len(order))
+    for start in tqdm(range(done["seen"], len(order), SHARD), desc="Drawing", unit="file"):
+        shard, chosen = done["shards"], rows.select(order[start : start + SHARD])
+        kept = draw_shard(model, processor, chosen.to_list(), options, shard)
+        if kept:
+            path = options.out / "data" / f"train-{shard:05d}.parquet"
+            scratch = path.with_suffix(".part")
+            Dataset.from_list(kept).to_parquet(scratch)
+            os.replace(scratch, path)
+        done |= {"shards": shard + 1, "seen": start + len(chosen), "records": done["records"] + len(kept)}
+        done["left_out"]["too far from the true one"] = done["seen"] - done["records"]
+        write_manifest(options.out, manifest)
+    if not done["records"]:
+        raise SystemExit(
+            f"None of {len(order)} drawings is near enough: raise --max-distance, or train the base longer."
+        )
+    done["complete"] = True
+    write_manifest(options.out, manifest)
 
 
 def draw_shard(model, processor, rows: list[dict], options: argparse.Namespace, shard: int) -> list[dict]:

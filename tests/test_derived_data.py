@@ -2,6 +2,9 @@
 
 import io
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +14,8 @@ from PIL import Image as PilImage
 from mars_hf.data.composition import EmojiCompositions
 from mars_hf.data.derived import write_canvases, write_stories
 from mars_hf.data.emoji import STYLES, split_of
-from mars_hf.data.encode import encode_records, scale_down
-from mars_hf.data.records import open_records
+from mars_hf.data.encode import encode_records, open_manifest, scale_down, write_manifest
+from mars_hf.data.records import open_records, tokenizer_fingerprint
 from mars_hf.data.stories import EmojiStories
 from mars_hf.image_processing_mars import MarsImageProcessor, encode_pixels
 
@@ -46,19 +49,42 @@ def test_canvases_on_disk_are_the_compositions_of_their_seed(emoji, tmp_path):
         write_canvases(emoji, tmp_path, 12, progress=False)
 
 
-def test_stories_on_disk_hold_the_codes_of_their_pictures(emoji, tmp_path):
+def write_codes(emoji, folder, vqgan):
+    """Write a folder as `encode_records` does, but with codes that number the pictures."""
     codes = emoji.remove_columns("image").map(
         lambda row, index: {"image_codes": [index] * 64, "height": 64, "width": 64}, with_indices=True
     )
-    write_stories(codes, tmp_path, 16, seed=1, progress=False)
-    read, told = open_records(tmp_path), EmojiStories(codes, 16, seed=1)
+    tokenizer = {"fingerprint": tokenizer_fingerprint(vqgan)}
+    manifest, done = open_manifest(folder, tokenizer, {"size": 64}, "train", len(codes))
+    codes.to_parquet(folder / "data" / "train-00000.parquet")
+    done["complete"] = True
+    write_manifest(folder, manifest)
+    return codes
+
+
+def test_stories_on_disk_hold_the_codes_of_their_pictures_and_say_whose_they_are(emoji, make_vqgan, tmp_path):
+    vqgan, out = make_vqgan(), tmp_path / "stories"
+    codes = write_codes(emoji, tmp_path / "codes", vqgan)
+    write_stories(tmp_path / "codes", out, 16, seed=1, progress=False)
+    read, told = open_records(out, vqgan=vqgan), EmojiStories(codes, 16, seed=1)
     for row, index in zip(read, range(16), strict=True):
         segments = told[index]["segments"]
         assert [part["text"] for part in row["segments"]] == [p if isinstance(p, str) else None for p in segments]
         pictures = [part["image_codes"] for part in row["segments"] if part["text"] is None]
         assert pictures == [[part["index"]] * 64 for part in segments if not isinstance(part, str)]
-    with pytest.raises(ValueError, match="data encode"):
-        write_stories(emoji, tmp_path / "other", 16, progress=False)
+    with pytest.raises(ValueError, match="were made by the image tokenizer"):
+        open_records(out, vqgan=make_vqgan())
+    before = (out / "codes.json").read_text()
+    with pytest.raises(ValueError, match="is there already"):
+        write_stories(tmp_path / "codes", out, 16, progress=False)
+    write_codes(emoji, tmp_path / "others", make_vqgan())
+    (out / "data" / "train-00000-of-00001.parquet").unlink()
+    with pytest.raises(ValueError, match="made in another way.*'fingerprint'"):
+        write_stories(tmp_path / "others", out, 16, progress=False)
+    assert (out / "codes.json").read_text() == before
+    with pytest.raises(ValueError, match="holds no `codes.json`.*`mars-hf data encode`"):
+        write_stories(tmp_path, tmp_path / "other", 16, progress=False)
+    assert not (tmp_path / "other").exists()
 
 
 def test_small_codes_are_those_of_the_picture_scaled_down(make_vqgan, tmp_path):
@@ -85,3 +111,28 @@ def test_small_codes_are_those_of_the_picture_scaled_down(make_vqgan, tmp_path):
         )
     with pytest.raises(ValueError, match="`lowres_factor` must be 2 or more"):
         encode_records(open_records(data), tmp_path / "c", vqgan, processor, lowres_factor=1)
+
+
+@pytest.mark.integration
+def test_drawn_small_pictures_are_of_the_models_tokenizer_and_of_no_other(
+    tiny_model, tiny_processor, make_vqgan, tmp_path
+):
+    tiny_model.save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    rows = [{"image": PilImage.new("RGB", (16, 16), (40 * number, 90, 20))} for number in range(4)]
+    rows = [{**row, "caption_en": "apple", "caption_zh": "苹果", "style": "noto", "hexcode": "1F34E"} for row in rows]
+    data = Dataset.from_list(rows).cast_column("image", Image())
+    encode_records(
+        open_records(data), tmp_path / "pairs", tiny_model.vqgan, tiny_processor.image_processor, lowres_factor=2
+    )
+    script = str(Path(__file__).parent.parent / "examples" / "draw_lowres.py")
+    folders = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "pairs"), "--out", str(tmp_path / "drawn")]
+    for limit, code in (("100", 0), ("100", 0), ("50", 1)):
+        command = [sys.executable, script, *folders, "--records", "3", "--max-distance", limit]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+        assert done.returncode == code, done.stderr[-3000:]
+    assert "made in another way" in done.stderr and "'max_distance'" in done.stderr
+    drawn = open_records(tmp_path / "drawn", vqgan=tiny_model.vqgan)
+    assert len(drawn) == 3 and all(len(row["lowres_codes"]) == 4 for row in drawn)
+    with pytest.raises(ValueError, match="were made by the image tokenizer"):
+        open_records(tmp_path / "drawn", vqgan=make_vqgan())

@@ -15,7 +15,13 @@ from mars_hf import MarsForConditionalGeneration
 from mars_hf.cli import app
 from mars_hf.data import encode
 from mars_hf.data.encode import encode_records, load_image_tokenizer
-from mars_hf.data.records import RecordRules, open_records, tokenizer_fingerprint, validate_records
+from mars_hf.data.records import (
+    RecordRules,
+    open_records,
+    source_fingerprint,
+    tokenizer_fingerprint,
+    validate_records,
+)
 from mars_hf.image_processing_mars import MarsImageProcessor
 
 NUM, BROKEN = 11, 5
@@ -116,7 +122,7 @@ def test_pictures_of_one_size_share_calls_of_at_most_a_batch(
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("step", ["_write_shard", "_write_manifest"])
+@pytest.mark.parametrize("step", ["_write_shard", "write_manifest"])
 @pytest.mark.parametrize("moment", [0, 1, 2, 3])
 def test_a_run_that_was_killed_continues_and_gives_the_same_files(
     tmp_path: Path, vqgan, image_processor, monkeypatch: pytest.MonkeyPatch, moment: int, step: str, streaming: bool
@@ -137,7 +143,7 @@ def test_a_run_that_was_killed_continues_and_gives_the_same_files(
         with pytest.raises(KeyboardInterrupt):
             run(records, tmp_path / "parts", vqgan, image_processor)
     if (tmp_path / "parts" / "codes.json").exists():
-        with pytest.raises(ValueError, match="'train' .* not complete. Run `mars-hf data encode` again to continue"):
+        with pytest.raises(ValueError, match="'train' .* not complete. Run again .* `mars-hf data encode`"):
             open_records(tmp_path / "parts")
     assert run(records, tmp_path / "parts", vqgan, image_processor) == rows
     whole, parts = (
@@ -213,6 +219,14 @@ def test_documents_keep_their_texts_and_get_codes_in_their_pictures_place(
     assert rows[1]["segments"][0]["image_codes"] == alone[3]["image_codes"]
 
 
+@pytest.mark.parametrize(("rule", "expected"), [("truncate", "apple"), ("drop", None)])
+def test_captions_that_are_too_long_are_cut_or_passed_over(tmp_path: Path, vqgan, image_processor, rule, expected):
+    rules = RecordRules(max_caption_length=6, long_captions=rule)
+    rows = run(make_records(None).select([2, 10, 4]), tmp_path, vqgan, image_processor, rules=rules)
+    assert [row["caption_en"] for row in rows] == [expected] * 3
+    assert [row["caption_zh"] for row in rows] == ["苹果2", "苹果10", "苹果4"]
+
+
 def test_codes_of_another_tokenizer_are_refused_with_both_fingerprints(
     tmp_path: Path, vqgan, image_processor, make_vqgan
 ) -> None:
@@ -257,10 +271,12 @@ def test_other_data_and_foreign_folders_are_refused(tmp_path: Path, vqgan, image
 
 def test_a_folder_may_hold_several_splits(tmp_path: Path, vqgan, image_processor) -> None:
     train = run(make_records(), tmp_path, vqgan, image_processor)
+    alone = source_fingerprint(tmp_path)
     encode_records(
         make_records(None).select([1, 2]), tmp_path, vqgan, image_processor, split="test", shard_size=3, progress=False
     )
     assert list(open_records(tmp_path)) == train
+    assert source_fingerprint(tmp_path) == alone != source_fingerprint(tmp_path, "test")
     test = open_records(tmp_path, split="test", streaming=True)
     assert [row["image_codes"] for row in test] == [row["image_codes"] for row in train[1:3]]
 

@@ -221,8 +221,12 @@ def test_what_is_neither_here_nor_assumed_is_refused_with_what_to_add(recipe, tm
         estimate_cost(recipe(model={"base": "nowhere"}))
     far = [{"source": "far", "task": "super-resolution"}]
     sizes = {"rows": 5, "prompt_tokens": 3, "image_size": [16, 16]}
+    enlarges = {"super_resolution_factor": 2, "codes_per_step": [4, 16]}
+    changes = {"stage": "super-resolution", "model": {"base": str(tmp_path / "base"), "config": enlarges}}
     with pytest.raises(ValueError, match="'super-resolution' cannot be assumed without `assume.lowres_size`"):
-        estimate_cost(recipe(data=far, assume=sizes))
+        estimate_cost(recipe(data=far, assume=sizes, **changes))
+    with pytest.raises(ValueError, match="trains 4 codes a step, but"):
+        estimate_cost(recipe(codes_per_step=[4]))
     with pytest.raises(ValueError, match="multiple of 4 pixels, got 17x16"):
         estimate_cost(recipe(data=[{**far[0], "task": "captioning"}], assume={**sizes, "image_size": [17, 16]}))
     with pytest.raises(ValueError, match="`assume.rows` must be 1 or more"):

@@ -2,19 +2,27 @@
 
 import copy
 import json
+import random
+import subprocess
+import sys
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from datasets import Dataset
 from PIL import Image
+from transformers import Qwen2Tokenizer
 
-from mars_hf import MarsForConditionalGeneration, MarsProcessor
+from mars_hf import MarsConfig, MarsForConditionalGeneration, MarsProcessor
 from mars_hf.modeling_mars import is_visual_parameter
-from mars_hf.training.recipe import RECIPES, STAGES, Recipe
-from mars_hf.training.run import make_trainer, train
+from mars_hf.training import run
+from mars_hf.training.recipe import RECIPES, STAGES, DataPart, ModelPart, Recipe
+from mars_hf.training.run import build_model, build_source, check_resumption, make_trainer, train
+
+ROOT = Path(__file__).parent.parent
 
 GOOD = {
     "stage": "alignment",
@@ -44,6 +52,7 @@ def written(tmp_path, recipe):
 def test_every_recipe_of_the_package_reads(path):
     recipe = Recipe.load(str(path.relative_to(RECIPES).with_suffix("")))
     assert recipe.about and recipe.loss_scope in ("joint", "grammar") and recipe.trained_codes_per_step
+    recipe.check_model(MarsConfig(**recipe.model.config))
 
 
 def test_the_papers_numbers_stand_in_its_recipes():
@@ -51,7 +60,16 @@ def test_the_papers_numbers_stand_in_its_recipes():
         optimizer = Recipe.load(f"paper/{name}").optimizer
         assert (optimizer.name, optimizer.adam_beta2, optimizer.weight_decay) == ("adamw", 0.95, 0.1)
         assert optimizer.learning_rate == 1e-4
-    assert [Recipe.load(f"paper/stage{n}").training["num_train_epochs"] for n in (1, 2, 3)] == [1, 2, 1]
+    recipes = [Recipe.load(f"paper/stage{n}") for n in (1, 2, 3)]
+    assert [recipe.training["num_train_epochs"] for recipe in recipes] == [1, 2, 1]
+    # The library reads a number below 1 as a share of all steps: the paper's warm-up ratio.
+    assert [recipe.training["warmup_steps"] for recipe in recipes] == [0.01] * 3
+    rows = [recipe.training["per_device_train_batch_size"] for recipe in recipes]
+    height, width = recipes[1].assume.image_size
+    row_of_stage2 = recipes[1].assume.prompt_tokens + 1 + height * width // 16**2  # `<img>`; `</img>` is not fed
+    rows[1] *= recipes[1].packing // row_of_stage2
+    assert [64 * count for count in rows] == [4096, 1536, 1536]  # on 64 devices, without accumulation
+    assert all(recipe.training.get("gradient_accumulation_steps", 1) == 1 for recipe in recipes)
     assert {"alignment", "refinement", "super-resolution", "documents"} == set(STAGES)
 
 
@@ -71,11 +89,62 @@ def test_the_papers_numbers_stand_in_its_recipes():
         (["data", 0, "task"], "drawing", "`data.task` must be one of.*'drawing'"),
         (["data", 0, "shares"], 0.5, r"`data\[0\].shares` is no key.*`share`"),
         (["codes_per_step"], "4", "`codes_per_step`"),
+        (["codes_per_step"], [], r"`codes_per_step` lists every K.*got \[\].*the stage's: \[1\]"),
+        (["codes_per_step"], [4, 0], r"each 1 or more, got \[4, 0\]"),
+        (["loss"], {"chunk_size": 0}, "`loss.chunk_size` must be 1 position or more, got 0"),
+        (["model", "frozen_dtype"], "bfloat16", "`model.frozen_dtype` rounds the `text` and `vqgan`.*Leave it out"),
+        (["model"], {"text": "t", "vqgan": "v", "frozen_dtype": "bf16"}, "frozen_dtype` must be one of .*'bf16'"),
+        (["model", "config"], {"code_ordr": "region"}, "`model.config.code_ordr` is no key.*`code_order`"),
+        (["model", "config"], {"vq_config": {}}, "`model.config.vq_config` is no key"),
+        (["data", 0, "task"], "documents", "one of text-to-image, captioning in the stage alignment, got 'documents'"),
+        (["data", 0, "captions"], {"form": "poem"}, "`data.captions.form` must be one of records, emoji, got 'poem'"),
+        (["data", 0, "captions"], {"null": 0.2}, "`data.captions.null` is no key.*Known are chinese, fine"),
+        (["data", 0, "captions"], {"form": "emoji", "name_style": 1}, "captions.name_style` is no.*`named_style`"),
+        (["data", 0, "captions"], {"chinese": 2}, "`data.captions.chinese` is a share between 0 and 1, got 2"),
+        (["data", 0, "captions"], {"chinese": "all"}, "`data.captions.chinese`.*float"),
+        (["data", 0, "max_caption_length"], 0, "`data.max_caption_length` must be 1 or more, got 0"),
+        (["data", 0, "long_captions"], "cut", "`data.long_captions` must be one of truncate, drop, got 'cut'"),
+        (["evaluation"], {"split": "test", "num_batches": 0}, "`evaluation.num_batches` must be 1 or more, got 0"),
+        (["evaluation"], {"prompts": ["a"]}, "drawn at each evaluation, which needs an `evaluation.split`"),
     ],
 )
 def test_a_recipe_that_is_wrong_is_refused_with_the_place(tmp_path, path, value, message):
     with pytest.raises(ValueError, match=message):
         Recipe.load(written(tmp_path, changed(path, value)))
+
+
+def test_a_limit_that_no_caption_meets_is_refused(tmp_path):
+    emoji = {**GOOD["data"][0], "captions": {"form": "emoji"}, "max_caption_length": 9}
+    with pytest.raises(ValueError, match="of pairs.parquet has nothing to limit.*`form: emoji` writes its own"):
+        Recipe.load(written(tmp_path, changed(["data", 0], emoji)))
+    documents = {**GOOD["data"][0], "task": "documents", "max_caption_length": 9}
+    with pytest.raises(ValueError, match="nothing to limit: documents have no captions"):
+        Recipe.load(written(tmp_path, {**GOOD, "stage": "documents", "data": [documents]}))
+
+
+LOOKS = {
+    "training": {**GOOD["training"], "eval_strategy": "steps", "eval_steps": 2},
+    "evaluation": {"split": "test", "prompts": ["a"]},
+}
+ENLARGES = {"stage": "super-resolution", "data": [{**GOOD["data"][0], "task": "super-resolution"}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields", "message"),
+    [
+        (ENLARGES, {}, "needs a model that knows .*`model.config.super_resolution_factor`"),
+        (ENLARGES, {"super_resolution_factor": 2}, r"trains 4 codes a step, .*draws \[1\].*\(\[4, 16\]\)"),
+        ({"codes_per_step": [1, 3]}, {"codes_per_step": [1, 2]}, r"trains 3 codes a step, .*draws \[1, 2\]"),
+        ({}, {"codes_per_step": [2, 4]}, "trains 1 codes a step"),
+        ({**ENLARGES, **LOOKS}, {"super_resolution_factor": 2, "codes_per_step": [4, 16]}, "from text alone"),
+        ({**LOOKS, "evaluation": {"split": "test", "height": 18}}, {}, "`height` must be a multiple of 4, got 18"),
+        ({**LOOKS, "evaluation": {"split": "test", "width": 0}}, {}, "`evaluation`: `width` must be a positive"),
+    ],
+)
+def test_a_model_that_contradicts_the_recipe_is_refused(tmp_path, changes, fields, message):
+    recipe = Recipe.load(written(tmp_path, {**copy.deepcopy(GOOD), **changes}))
+    with pytest.raises(ValueError, match=message):
+        recipe.check_model(MarsConfig(codebook_size=40, downsample_factor=4, default_image_size=16, **fields))
 
 
 def test_a_recipe_that_does_not_exist_is_refused_with_those_that_do(tmp_path):
@@ -163,11 +232,109 @@ def test_a_run_that_is_looked_at_is_the_same_run_with_losses_and_pictures(folder
         recipe_in(folder, evaluation=looks)
 
 
-def test_a_run_is_not_continued_by_another_recipe_unless_allowed(folder):
+def test_a_run_is_not_continued_by_another_recipe_or_on_other_data_unless_allowed(folder):
     train(recipe_in(folder), folder / "run")
     with pytest.raises(ValueError, match=r"another `recipe.seed`: 0 before, now 1"):
         train(recipe_in(folder, seed=1), folder / "run")
+    pairs = Dataset.from_parquet(str(folder / "pairs.parquet"))
+    pairs.select(range(5)).to_parquet(folder / "pairs.parquet")
+    with pytest.raises(ValueError, match=r"another `data.0.records`: 6 before, now 5 \(2 differ\)"):
+        train(recipe_in(folder), folder / "run")
+    pairs.map(lambda row: {"caption_en": 9 * row["caption_en"]}).to_parquet(folder / "pairs.parquet")
+    with pytest.raises(ValueError, match=r"another `data.0.sha256`: .*\(1 differ\)"):
+        train(recipe_in(folder), folder / "run")
     train(recipe_in(folder, seed=1), folder / "run", allow_changes=True)
+
+
+def test_a_run_is_compared_with_its_checkpoints_and_told_by_one_process(tmp_path):
+    recipe, facts, out = Recipe.load(written(tmp_path, GOOD)), {"processes": 2}, tmp_path / "run"
+    check_resumption(recipe, out, facts, writes=False)
+    assert not out.exists()
+    check_resumption(recipe, out, facts)
+    check_resumption(recipe, out, {"processes": 1})  # no step was made: this is another run
+    assert json.loads((out / "run.json").read_text())["processes"] == 1
+    (out / "checkpoint-2").mkdir()
+    (out / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    for writes in (True, False):
+        with pytest.raises(ValueError, match=r"another `processes`: 1 before, now 2"):
+            check_resumption(recipe, out, facts, writes=writes)
+    check_resumption(recipe, out, facts, allow_changes=True)
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint-2", "run.json"]
+
+
+def test_a_recipe_whose_first_batch_failed_is_mended_in_the_same_folder(folder):
+    with pytest.raises(ValueError, match="does not fit a pack of 4"):
+        train(recipe_in(folder, packing=4), folder / "run")
+    assert json.loads((folder / "run" / "run.json").read_text())["recipe"]["packing"] == 4
+    train(recipe_in(folder, packing=64), folder / "run")
+
+
+@pytest.mark.integration
+def test_two_processes_train_by_a_recipe_and_one_does_not_go_on_for_them(folder):
+    recipe = recipe_in(folder)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command = [*launch, str(ROOT / "examples" / "train.py"), str(folder / "recipe.yaml"), "--out", str(folder / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    MarsForConditionalGeneration.from_pretrained(folder / "run" / "final")
+    with pytest.raises(ValueError, match=r"another `processes`: 2 before, now 1"):
+        train(recipe, folder / "run")
+
+
+@pytest.mark.parametrize(
+    ("source", "part", "message"),
+    [
+        ("pictures", {}, "no `image_codes`, which text-to-image .*: turn .*`mars-hf data encode`"),
+        ("told", {"task": "documents"}, "no `segments.image_codes`.*`mars-hf data encode`"),
+        ("pairs", {"task": "documents"}, "no `segments`, which documents"),
+        ("stories", {}, "no `image_codes`"),
+        ("plain", {"task": "super-resolution"}, "no `lowres_codes`.*`mars-hf data encode --lowres-factor`"),
+        ("pairs", {"captions": {"form": "emoji"}}, "no `caption_zh`.*: take `captions: {form: records}`"),
+        ("pairs", {"min_score": 0.5}, "no `score`.*: leave `min_score` out"),
+        ("pairs", {"balance": 0.5}, "no `hexcode`.*: leave `balance` out"),
+    ],
+)
+def test_columns_that_a_task_reads_are_missed_before_the_first_step(folder, tiny_model, source, part, message):
+    pairs = Dataset.from_parquet(str(folder / "pairs.parquet"))
+    pairs.remove_columns("lowres_codes").to_parquet(folder / "plain.parquet")
+    picture = Image.new("RGB", (16, 16))
+    Dataset.from_list([{"image": picture, "caption_en": "a"}]).to_parquet(folder / "pictures.parquet")
+    Dataset.from_list([{"segments": [{"text": "a", "image": None}]}]).to_parquet(folder / "told.parquet")
+    values = {"task": "text-to-image", **part, "source": str(folder / f"{source}.parquet")}
+    for streaming in [False] if "balance" in part else [False, True]:
+        with pytest.raises(ValueError, match=message):
+            build_source(DataPart(**values, streaming=streaming), tiny_model)
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [({"max_caption_length": 3}, {"a r", "红苹果"}), ({"max_caption_length": 3, "long_captions": "drop"}, {"红苹果"})],
+)
+def test_captions_that_are_fed_keep_the_limit(folder, tiny_model, rule, expected):
+    pairs = Dataset.from_parquet(str(folder / "pairs.parquet")).remove_columns("caption_en")
+    pairs = pairs.add_column("caption_en", ["a red apple"] * 6).add_column("caption_zh", ["红苹果"] * 6)
+    pairs.to_parquet(folder / "pairs.parquet")
+    source = build_source(DataPart(str(folder / "pairs.parquet"), "captioning", **rule), tiny_model)
+    rng = random.Random(0)
+    assert {source.write_caption(record, rng) for record in source.records for _ in range(9)} == expected
+    assert source.bad_records.num_long_captions == 6 and not source.bad_records.reasons
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_model_is_built_of_the_language_model_that_the_folder_holds(
+    make_text_model, make_vqgan, tiny_processor, tmp_path, family
+):
+    ids = {"eos_token_id": 256, "pad_token_id": 256}
+    text = make_text_model(family, vocab_size=264, max_position_embeddings=256, **ids)
+    text.save_pretrained(tmp_path / "text")
+    plain = {token: number for token, number in tiny_processor.tokenizer.get_vocab().items() if number < 256}
+    Qwen2Tokenizer(vocab={**plain, "<|endoftext|>": 256}, merges=[]).save_pretrained(tmp_path / "text")
+    make_vqgan().save_pretrained(tmp_path / "vqgan")
+    model, _ = build_model(ModelPart(text=str(tmp_path / "text"), vqgan=str(tmp_path / "vqgan")))
+    assert model.config.text_config.model_type == family
+    words = torch.arange(40, 50)[None]
+    with torch.no_grad():
+        assert torch.allclose(model(words).logits[..., :264], text(words).logits, atol=1e-5)
 
 
 def test_records_that_do_not_fit_are_refused_before_the_first_step(folder):
@@ -185,10 +352,15 @@ def test_an_epoch_shows_every_pair_once_however_many_tasks_it_has(folder):
     assert trainer.args.max_steps == 6 and len(trainer.train_dataset) == 12
 
 
-def test_records_can_be_read_on_the_way(folder):
+def test_records_can_be_read_on_the_way_and_what_is_left_out_is_told_at_the_end(folder, monkeypatch):
+    said = []
+    monkeypatch.setattr(run.logger, "warning", said.append)
+    pairs = Dataset.from_parquet(str(folder / "pairs.parquet")).add_column("score", [0.1, 0.9, 0.9, 0.9, 0.9, 0.9])
+    pairs.to_parquet(folder / "pairs.parquet")
     source = {"source": str(folder / "pairs.parquet"), "task": "text-to-image", "streaming": True}
-    final = train(recipe_in(folder, data=[source], packing=64), folder / "run")
+    final = train(recipe_in(folder, data=[{**source, "min_score": 0.5}], packing=64), folder / "run")
     MarsForConditionalGeneration.from_pretrained(final)
+    assert [text for text in said if "score too low" in text and "pairs.parquet" in text and "left out" in text]
     with pytest.raises(ValueError, match="set `training.max_steps`"):
         training = {"num_train_epochs": 1, "per_device_train_batch_size": 2}
         make_trainer(recipe_in(folder, data=[source], training=training), folder / "epochs")

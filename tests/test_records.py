@@ -25,6 +25,7 @@ from mars_hf.data.records import (
     check_record,
     open_record_picture,
     open_records,
+    source_fingerprint,
     tokenizer_fingerprint,
     validate_records,
 )
@@ -88,6 +89,7 @@ def write_shards_of_parquet(folder: Path, rows: list[dict]) -> str:
 
 
 def write(kind: str, folder: Path, rows: list[dict]):
+    folder.mkdir(exist_ok=True)
     folder = folder / "source"
     if kind == "parquet":
         return write_shards_of_parquet(folder, rows)
@@ -227,11 +229,13 @@ def test_long_captions_are_cut_or_passed_over_and_counted() -> None:
     assert captions_of(record) == {"caption_en": "a red apple", "caption_zh": "红苹果"}
     assert captions_of(record, RecordRules(max_caption_length=6)) == {"caption_en": "a red", "caption_zh": "红苹果"}
     assert captions_of(record, RecordRules(max_caption_length=6, long_captions="drop")) == {"caption_zh": "红苹果"}
+    assert not RecordRules(max_caption_length=11).is_too_long(" a red apple ")
 
     records = open_records(as_dataset(make_rows(12)))  # "apple 10" and "apple 11" have eight characters
     for rule, left in (("truncate", 12), ("drop", 12)):
         good, bad_records = validate_records(records, RecordRules(max_caption_length=7, long_captions=rule))
-        assert len(good) == left and bad_records.num_truncated == 2 and not bad_records.reasons
+        assert len(good) == left and bad_records.num_long_captions == 2 and not bad_records.reasons
+        assert str(bad_records) == "0 of 12 records were left out (none), 2 had a caption that is too long."
 
 
 def test_documents_are_read_from_a_file_and_streamed_with_their_pictures_undecoded(tmp_path: Path) -> None:
@@ -371,6 +375,21 @@ def test_a_stream_refuses_another_streams_state_and_an_endless_search(tmp_path: 
         next(iter(ShuffledStream(records.take(0))))
     with pytest.raises(ValueError, match="1 record or more, got 0"):
         ShuffledStream(records, buffer_size=0)
+
+
+def test_sources_are_told_apart_by_their_files(tmp_path: Path) -> None:
+    for kind in ("parquet", "imagefolder", "saved"):
+        source = write(kind, tmp_path / kind, make_rows())
+        before = source_fingerprint(source)
+        assert before == source_fingerprint(source)
+        folder = tmp_path / kind / "source"
+        (folder / "README.md").write_text("a description")
+        assert source_fingerprint(source) == before
+        file = next(path for path in sorted(folder.iterdir()) if path.suffix in (".parquet", ".png", ".arrow"))
+        file.write_bytes(file.read_bytes() + b".")
+        assert source_fingerprint(source) != before
+    assert source_fingerprint(tmp_path / "parquet" / "source") != source_fingerprint(tmp_path / "saved" / "source")
+    assert source_fingerprint("somebody/some-data") is None
 
 
 def test_columns_take_the_names_that_they_are_given(tmp_path: Path) -> None:

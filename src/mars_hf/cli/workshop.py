@@ -116,7 +116,7 @@ def data_canvases(
 
 @data.command("stories", epilog=examples("mars-hf data stories --data data/emoji-64-codes --out data/emoji-stories"))
 def data_stories(
-    source: Annotated[str, typer.Option("--data", help="Emoji data as `mars-hf data encode` wrote them.")],
+    source: Annotated[Path, typer.Option("--data", help="Folder of emoji data that `mars-hf data encode` wrote.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
     stories: Annotated[int, typer.Option(min=1, help="How many.")] = 20_000,
     split: Annotated[str, typer.Option(help="Which split of the data.")] = "train",
@@ -126,9 +126,8 @@ def data_stories(
     """Make stories of emoji: titles, lines and pictures, in English and Chinese (for joint generation)."""
     with one_line_errors(debug):
         from mars_hf.data.derived import write_stories
-        from mars_hf.data.records import open_records
 
-        typer.echo(write_stories(open_records(source, split), out, stories, split, seed))
+        typer.echo(write_stories(source, out, stories, split, seed))
 
 
 @data.command(

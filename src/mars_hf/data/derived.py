@@ -2,7 +2,7 @@
 Data sets on disk that are made of the emoji data: canvases that are not square (Stage II) and stories (documents).
 
 Each is a folder with one parquet file, written in one step, that `open_records` reads. Stories are made of codes, so
-that the picture of an emoji is encoded once.
+that the picture of an emoji is encoded once; they carry on whose codes these are.
 """
 
 import io
@@ -18,6 +18,8 @@ from tqdm.auto import tqdm
 
 from .composition import EmojiCompositions
 from .emoji_captions import subject_weights
+from .encode import open_manifest, read_manifest, write_manifest
+from .records import open_records
 from .stories import EmojiStories
 
 _TEXT = Value("string")
@@ -64,6 +66,7 @@ def write_canvases(
         ValueError: If the file is there already, or the data do not fit.
     """
     sizes = [(64 * scale, 96 * scale), (96 * scale, 64 * scale)]
+    path = _new_file(out, split)
     weights = subject_weights(data["hexcode"], balance).tolist()
     records = EmojiCompositions(data, num_records, split, sizes, weights=weights, seed=seed)
 
@@ -72,18 +75,18 @@ def write_canvases(
         kept = {name: record[name] for name in CANVAS_FEATURES if name in record and name != "image"}
         return {**kept, "image": {"bytes": _png(record["image"]), "path": None}, "key": f"canvas-{index}"}
 
-    return _write(Path(out), split, num_records, row, CANVAS_FEATURES, progress)
+    return _write(path, num_records, row, CANVAS_FEATURES, progress)
 
 
 def write_stories(
-    codes: Dataset, out: str | Path, num_stories: int, split: str = "train", seed: int = 0, progress: bool = True
+    codes: str | Path, out: str | Path, num_stories: int, split: str = "train", seed: int = 0, progress: bool = True
 ) -> Path:
     """
-    Write stories; see [`EmojiStories`].
+    Write stories, with a `codes.json` by which another image tokenizer is refused; see [`EmojiStories`].
 
     Args:
-        codes (`datasets.Dataset`): Emoji data of one split, encoded by `mars-hf data encode`.
-        out (`str` or `Path`): Folder to write to.
+        codes (`str` or `Path`): Folder of emoji data, as `mars-hf data encode` wrote it.
+        out (`str` or `Path`): Folder to write to; it may hold the stories of another split.
         num_stories (`int`): How many.
         split (`str`, defaults to `"train"`): The split of `codes`, and the name to give the stories.
         seed (`int`, defaults to 0): Decides all else.
@@ -93,19 +96,27 @@ def write_stories(
         `Path`: The file.
 
     Raises:
-        ValueError: If the file is there already, or the data hold no codes or are of another split.
+        ValueError: If the file is there already, the data hold no codes of single pictures or are of another split, or
+            `out` holds stories of other codes.
     """
-    if missing := sorted(_CODES.keys() - set(codes.column_names)):
-        raise ValueError(f"Stories are made of codes, but `{missing[0]}` is missing: run `mars-hf data encode`.")
-    stories = EmojiStories(codes, num_stories, (split,), seed)
+    path, made_by = _new_file(out, split), read_manifest(codes)
+    pictures = open_records(codes, split)
+    if missing := sorted(_CODES.keys() - set(pictures.column_names)):
+        raise ValueError(f"Stories are made of pictures, but {codes} has no `{missing[0]}`. Give encoded emoji data.")
+    stories = EmojiStories(pictures, num_stories, (split,), seed)
 
     def row(index: int) -> dict[str, Any]:
         story = stories[index]
-        segments = [_segment(part, codes) for part in story["segments"]]
+        segments = [_segment(part, pictures) for part in story["segments"]]
         kept = {name: story[name] for name in ("title", "language", "kind")}
         return {"segments": segments, **kept, "key": f"story-{index}"}
 
-    return _write(Path(out), split, num_stories, row, STORY_FEATURES, progress)
+    recipe = {"stories_of": made_by["recipe"]}
+    manifest, done = open_manifest(Path(out), made_by["tokenizer"], recipe, split, num_stories)
+    _write(path, num_stories, row, STORY_FEATURES, progress)
+    done |= {"complete": True, "shards": 1, "seen": num_stories, "records": num_stories}
+    write_manifest(Path(out), manifest)
+    return path
 
 
 def _segment(part: str | dict[str, Any], codes: Dataset) -> dict[str, Any]:
@@ -121,12 +132,14 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _write(
-    out: Path, split: str, count: int, row: Callable[[int], dict[str, Any]], features: Features, progress: bool
-) -> Path:
-    path = out / "data" / f"{split}-00000-of-00001.parquet"
+def _new_file(out: str | Path, split: str) -> Path:
+    path = Path(out) / "data" / f"{split}-00000-of-00001.parquet"
     if path.exists():
         raise ValueError(f"{path} is there already. Choose another folder, or remove it.")
+    return path
+
+
+def _write(path: Path, count: int, row: Callable[[int], dict[str, Any]], features: Features, progress: bool) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".part")
     rows = [row(index) for index in tqdm(range(count), desc="Writing", unit="record", disable=not progress)]

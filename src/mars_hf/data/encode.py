@@ -29,10 +29,12 @@ from ..configuration_mars import MarsConfig
 from ..conversion.checkpoints import Checkpoint
 from ..image_processing_mars import MarsImageProcessor, encode_pixels
 from .records import (
+    CAPTIONS,
     CODES_FILE,
     BadRecordError,
     BadRecords,
     RecordRules,
+    captions_of,
     check_record,
     open_record_picture,
     tokenizer_fingerprint,
@@ -100,9 +102,9 @@ def encode_records(
     """
     Replace the pictures of records by their codes; run again after an interruption, it continues.
 
-    `image_codes`, `height` and `width` take the place of `image`, in `segments` too; all other columns stay. For
-    super-resolution, `lowres_codes` are those of the same picture scaled down. Bad records are left out and counted,
-    there and in `codes.json`.
+    `image_codes`, `height` and `width` take the place of `image`, in `segments` too; all other columns stay, but for
+    captions that are too long, which are cut or passed over as the rules say. For super-resolution, `lowres_codes` are
+    those of the same picture scaled down. Bad records are left out and counted, there and in `codes.json`.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): From [`open_records`].
@@ -150,7 +152,7 @@ def encode_records(
     if lowres_factor is not None:
         recipe["lowres_factor"] = lowres_factor
     num_records = None if isinstance(dataset, IterableDataset) else len(dataset)
-    manifest, done = _manifest_of(out, vqgan, recipe, split, num_records)
+    manifest, done = open_manifest(out, _tokenizer_of(vqgan), recipe, split, num_records)
     bad_records = BadRecords("skip", limit, num_records, done["seen"], reasons=Counter(done["left_out"]))
     if done["complete"]:
         return bad_records
@@ -166,12 +168,12 @@ def encode_records(
             _write_shard(out / "data" / f"{split}-{done['shards']:05d}.parquet", rows, features)
             done["shards"], done["records"] = done["shards"] + 1, done["records"] + len(rows)
             done["seen"], done["left_out"] = bad_records.num_seen, dict(bad_records.reasons)
-            _write_manifest(out, manifest)
+            write_manifest(out, manifest)
     bad_records.finish()
     if not done["records"]:
         raise ValueError(f"There is nothing to encode: {bad_records} Relax the rules, or choose other data.")
     done["complete"] = True
-    _write_manifest(out, manifest)
+    write_manifest(out, manifest)
     return bad_records
 
 
@@ -209,6 +211,7 @@ def _encode(
         with bad_records.skipping(record, index):
             check_record(record, rules)
             row, found = _without_pictures(record, to_pixels)
+            row |= _fitting_captions(record, rules)
             rows.append(row)
             pictures += found
     pictures.sort(key=_size_of)
@@ -249,6 +252,14 @@ def _without_pictures(
     ]
 
 
+def _fitting_captions(record: dict[str, Any], rules: RecordRules) -> dict[str, str | None]:
+    """Give the captions that the limit changes; a document has none."""
+    if record.get("segments") is not None:
+        return {}
+    captions = captions_of(record, rules)
+    return {name: captions.get(name) for name in CAPTIONS if rules.is_too_long(record.get(name))}
+
+
 def _pixels(image: Any, to_pixels: Callable[..., Any]) -> torch.Tensor:
     picture = open_record_picture(image)
     try:
@@ -257,15 +268,51 @@ def _pixels(image: Any, to_pixels: Callable[..., Any]) -> torch.Tensor:
         raise BadRecordError("unreadable picture", f"{error}") from error
 
 
-def _manifest_of(
-    out: Path, vqgan: "VQModel", recipe: dict[str, Any], split: str, num_records: int | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Begin `codes.json`, or read it and refuse to continue what was made in another way."""
+def _tokenizer_of(vqgan: "VQModel") -> dict[str, Any]:
     factor = 2 ** (len(vqgan.config.block_out_channels) - 1)
     numbers = {"downsample_factor": factor, "codebook_size": vqgan.config.num_vq_embeddings}
-    manifest = {"tokenizer": {"fingerprint": tokenizer_fingerprint(vqgan), **numbers}, "recipe": recipe, "splits": {}}
+    return {"fingerprint": tokenizer_fingerprint(vqgan), **numbers}
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """
+    Read the `codes.json` of a folder.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    file = Path(folder) / CODES_FILE
+    if not file.is_file():
+        raise ValueError(
+            f"{folder} holds no `{CODES_FILE}`, which says what image tokenizer made the codes. Give a folder that "
+            "`mars-hf data encode` wrote."
+        )
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def open_manifest(
+    out: Path, tokenizer: dict[str, Any], recipe: dict[str, Any], split: str, num_records: int | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """
+    Begin the `codes.json` of a folder, or go on with it.
+
+    Args:
+        out (`Path`): The folder; it may hold other splits that were made in the same way.
+        tokenizer (`dict`): What made the codes; `"tokenizer"` of a `codes.json`.
+        recipe (`dict`): How they were made.
+        split (`str`): Which split is written.
+        num_records (`int`, *optional*): Records that it is made of; None if that is not known.
+
+    Returns:
+        `tuple[dict, dict]`: The whole content, and the part of the split, to be changed and written with
+        [`write_manifest`].
+
+    Raises:
+        ValueError: If the folder holds other data, or codes that were made in another way.
+    """
+    manifest: dict[str, Any] = {"tokenizer": tokenizer, "recipe": recipe, "splits": {}}
     if (out / CODES_FILE).exists():
-        held = json.loads((out / CODES_FILE).read_text(encoding="utf-8"))
+        held = read_manifest(out)
         for part in ("tokenizer", "recipe"):
             asked = json.loads(json.dumps(manifest[part]))
             if differing := {
@@ -293,11 +340,12 @@ def _manifest_of(
             "not the same. Choose another folder, or remove this one."
         )
     (out / "data").mkdir(parents=True, exist_ok=True)
-    _write_manifest(out, manifest)
+    write_manifest(out, manifest)
     return manifest, done
 
 
-def _write_manifest(out: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
+    """Write a `codes.json` in one step."""
     scratch = (out / CODES_FILE).with_suffix(".part")
     scratch.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     os.replace(scratch, out / CODES_FILE)

@@ -93,7 +93,8 @@ class RecordRules:
         min_score (`float`, *optional*): Least `score`; a record without one falls below it.
         max_caption_length (`int`, *optional*): Longest caption, in characters.
         long_captions (`str`, defaults to `"truncate"`):
-            Longer captions are cut to that length (`"truncate"`), or passed over as if they were missing (`"drop"`).
+            [`captions_of`] cuts longer captions to that length (`"truncate"`), or passes them over as if they were
+            missing (`"drop"`).
         codebook_size (`int`, *optional*): Codes lie in [0, codebook_size).
         downsample_factor (`int`, *optional*): Side in pixels of the square that one code stands for.
 
@@ -118,8 +119,8 @@ class RecordRules:
             raise ValueError(f"`long_captions` must be 'truncate' or 'drop', got {self.long_captions!r}.")
 
     def is_too_long(self, caption: str | None) -> bool:
-        """Tell whether a caption is beyond the limit."""
-        return self.max_caption_length is not None and len(caption or "") > self.max_caption_length
+        """Tell whether a caption is beyond the limit; blanks around it do not count."""
+        return self.max_caption_length is not None and len((caption or "").strip()) > self.max_caption_length
 
 
 def captions_of(record: Mapping[str, Any], rules: RecordRules = RecordRules()) -> dict[str, str]:  # noqa: B008
@@ -269,14 +270,14 @@ class BadRecords:
         ...         rows.append(record)
         >>> bad_records.finish()
         >>> print(bad_records)
-        2 of 2,000 records were left out (1 picture too small, 1 unreadable picture), 3 had a caption cut.
+        2 of 2,000 records were left out (1 picture too small, 1 unreadable picture), 3 had a caption that is too long.
     """
 
     on_bad: Literal["raise", "skip"] = "skip"
     limit: float = 0.01
     num_records: int | None = None
     num_seen: int = 0
-    num_truncated: int = 0
+    num_long_captions: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -314,7 +315,7 @@ class BadRecords:
     def __str__(self) -> str:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common())
         left_out = f"{self.reasons.total():,} of {self.num_seen:,} records were left out ({reasons or 'none'})"
-        return f"{left_out}, {self.num_truncated:,} had a caption cut."
+        return f"{left_out}, {self.num_long_captions:,} had a caption that is too long."
 
 
 @dataclass(frozen=True)
@@ -578,11 +579,50 @@ def _files_of(source: Any) -> list[str]:
     return names
 
 
+def source_fingerprint(source: Any, split: str = "train") -> str | None:
+    """
+    Tell sources apart without reading their records: the sha256 of names and sizes of files, and of `codes.json`.
+
+    Of a folder with `codes.json` only what is of the split counts, so that another one may be encoded beside it.
+
+    Args:
+        source (`str`, `Path` or a list of them): As in [`open_records`].
+        split (`str`, defaults to `"train"`): Which split.
+
+    Returns:
+        `str`: 64 hexadecimal digits; or `None` if the source is not on this machine.
+    """
+    digest = hashlib.sha256()
+    for name in _files_of(source):
+        root = Path(name)
+        if not root.exists():
+            return None
+        files = [root] if root.is_file() else _data_in(root)
+        if (root / CODES_FILE).is_file():
+            manifest = json.loads((root / CODES_FILE).read_text(encoding="utf-8"))
+            digest.update(json.dumps({**manifest, "splits": manifest["splits"].get(split)}, sort_keys=True).encode())
+            files = _shards_of(root, split)
+        for file in files:
+            digest.update(f"{file.relative_to(root.parent).as_posix()} {file.stat().st_size}\n".encode())
+    return digest.hexdigest()
+
+
+def _data_in(folder: Path) -> list[Path]:
+    """List what a folder holds, without its description and what is hidden."""
+    inside = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
+    return sorted(path for path in inside if not any(part[0] == "." for part in path.relative_to(folder).parts))
+
+
+def _shards_of(folder: Path, split: str) -> list[Path]:
+    return sorted(folder.glob(f"data/{split}-*.parquet"))
+
+
 def _code_files(folder: Path, split: str, vqgan: "VQModel | None") -> list[str]:
     manifest = json.loads((folder / CODES_FILE).read_text(encoding="utf-8"))
     if not manifest["splits"].get(split, {}).get("complete"):
         raise ValueError(
-            f"The codes of split {split!r} in {folder} are not complete. Run `mars-hf data encode` again to continue."
+            f"The codes of split {split!r} in {folder} are not complete. Run again what writes them, such as "
+            "`mars-hf data encode`: it continues."
         )
     made_by = manifest["tokenizer"]["fingerprint"]
     if vqgan is not None and (own := tokenizer_fingerprint(vqgan)) != made_by:
@@ -590,7 +630,7 @@ def _code_files(folder: Path, split: str, vqgan: "VQModel | None") -> list[str]:
             f"The codes in {folder} were made by the image tokenizer {made_by}, but this model's is {own}. Encode the "
             "pictures again with `mars-hf data encode` and this model."
         )
-    return sorted(str(path) for path in folder.glob(f"data/{split}-*.parquet"))
+    return [str(path) for path in _shards_of(folder, split)]
 
 
 def _with_our_names(dataset: Dataset | IterableDataset, columns: Mapping[str, str]) -> Dataset | IterableDataset:
@@ -638,6 +678,9 @@ def validate_records(
     """
     Keep the records that can be trained on. A data set is checked now, a stream while it is read.
 
+    Records are given as they are: nothing is copied. Where they have captions that are too long beside others,
+    [`captions_of`] with the same rules cuts them or passes them over.
+
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): From [`open_records`].
         rules ([`RecordRules`]): What a record has to be.
@@ -665,6 +708,6 @@ def validate_records(
 def _is_good(record: Mapping[str, Any], index: int, rules: RecordRules, decode: bool, bad_records: BadRecords) -> bool:
     with bad_records.skipping(record, index):
         check_record(record, rules, decode)
-        bad_records.num_truncated += any(rules.is_too_long(record.get(name)) for name in CAPTIONS)
+        bad_records.num_long_captions += any(rules.is_too_long(record.get(name)) for name in CAPTIONS)
         return True
     return False

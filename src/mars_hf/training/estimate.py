@@ -567,7 +567,8 @@ def estimate_cost(
         [`Estimate`]
 
     Raises:
-        ValueError: If a number is impossible, or models or data are neither here nor assumed.
+        ValueError: If a number is impossible, the model does not fit the recipe, or models or data are neither here
+            nor assumed.
 
     Example:
         >>> estimate_cost(Recipe.load("paper/stage1"), gpus=64).steps
@@ -581,6 +582,7 @@ def estimate_cost(
         raise ValueError(f"`peak_tflops` must be above 0, got {peak_tflops}.")
     method = Method.of(recipe, gpus)
     config, model_from = recipe_config(recipe.model, recipe.assume)
+    recipe.check_model(config)
     batches, rows, data_from = recipe_batches(recipe, config, method)
     flops = [count_flops(config, step, method) for _, step in batches]
     memories = [estimate_memory(config, step, method) for step in dict.fromkeys(step for _, step in batches)]

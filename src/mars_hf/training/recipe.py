@@ -3,7 +3,8 @@ Recipes: a training stage as a YAML file, and the stages of the paper as a table
 
 `STAGES` says for each stage what trains, on which tasks, by which rule pictures get their size, and what the loss and
 the codes of a step are unless a recipe says otherwise. A [`Recipe`] adds models, data, optimizer and numbers; an
-unknown key or a contradiction is refused before anything is loaded.
+unknown key or a contradiction is refused before anything is loaded, and one with the model as soon as its
+configuration is known ([`Recipe.check_model`]).
 """
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -13,10 +14,19 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from ..configuration_mars import MarsConfig
+from ..data.emoji_captions import CaptionStyle
+from ..data.records import CaptionMix
+from ..image_processing_mars import check_image_size
 from .losses import LOSS_SCOPES
-from .mixture import TASKS
 
 RECIPES = Path(__file__).parent / "recipes"
+FROZEN_DTYPES = ("float32", "bfloat16", "float16")
+CAPTION_FORMS = {"records": CaptionMix, "emoji": CaptionStyle}
+# Of `CaptionMix`, but a recipe drops the captions of whole batches: `data.drop_caption`.
+CAPTIONS_ELSEWHERE = {"null"}
+# The language model and the VQ-GAN bring the first three, and a checkpoint the others.
+CONFIG_ELSEWHERE = {"text_config", "vq_config", "tie_word_embeddings", "base_checkpoint", "mars_format"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +37,7 @@ class Stage:
     Args:
         trains (`str`): What trains.
         frozen (`str`): What does not.
-        tasks (`dict[str, float]`): Usual shares of tasks.
+        tasks (`tuple[str, ...]`): What a recipe may train; the shares are the recipe's.
         resolution (`str`): How pictures get their size.
         loss_scope (`str`): See [`HeadLoss`].
         codes_per_step (`tuple[int, ...]`): Each is trained, one a step.
@@ -36,7 +46,7 @@ class Stage:
 
     trains: str
     frozen: str
-    tasks: dict[str, float]
+    tasks: tuple[str, ...]
     resolution: str
     loss_scope: str
     codes_per_step: tuple[int, ...]
@@ -49,25 +59,25 @@ STAGES = {
     "alignment": Stage(
         VISUAL_PART,
         TEXT_PART,
-        {"text-to-image": 0.5, "captioning": 0.5},
+        ("text-to-image", "captioning"),
         "fixed: scaled until it covers a square, middle cut out",
         "joint",
         (1,),
-        "Stage I, section 3.4; the shares are ours",
+        "Stage I, section 3.4",
     ),
     "refinement": Stage(
         VISUAL_PART,
         TEXT_PART,
-        {"text-to-image": 1.0},
+        ("text-to-image", "captioning"),
         "aspect ratio kept, short side scaled, size told in the caption",
         "joint",
         (1,),
-        "Stage II, section 3.4",
+        "Stage II, section 3.4; that captioning may go on is ours",
     ),
     "super-resolution": Stage(
         VISUAL_PART,
         TEXT_PART,
-        {"super-resolution": 1.0},
+        ("super-resolution",),
         "low-resolution codes in the prompt, high-resolution codes drawn",
         "grammar",
         (4, 16),
@@ -76,11 +86,11 @@ STAGES = {
     "documents": Stage(
         VISUAL_PART,
         TEXT_PART,
-        {"documents": 0.7, "text-to-image": 0.3},
+        ("documents", "text-to-image", "captioning"),
         "as in the base model",
         "joint",
         (1,),
-        "joint generation, section 4; the shares are ours",
+        "joint generation, section 4; that pairs keep what was learnt is ours",
     ),
 }
 
@@ -95,8 +105,12 @@ class ModelPart:
         text (`str`, *optional*): Folder of the language model and its tokenizer.
         vqgan (`str`, *optional*): Folder of the image tokenizer.
         config (`dict`): Fields of [`MarsConfig`] to set.
-        frozen_dtype (`str`, *optional*): Round the frozen weights to it, so that what trains sees what is shipped.
+        frozen_dtype (`str`, *optional*):
+            Round the frozen weights to it, so that what trains sees what is shipped. Those of `base` stay as they are.
         image_defaults (`dict`): Written to the generation config: how pictures are drawn unless a call says otherwise.
+
+    Raises:
+        ValueError: If there is too much or too little to make a model of, or a field or a dtype is unknown.
     """
 
     base: str | None = None
@@ -105,6 +119,23 @@ class ModelPart:
     config: dict[str, Any] = field(default_factory=dict)
     frozen_dtype: str | None = None
     image_defaults: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        built = self.text or self.vqgan
+        if bool(built) == bool(self.base) or (built and not (self.text and self.vqgan)):
+            raise ValueError(
+                "`model` needs either `base`, a MARS to go on from, or both `text` and `vqgan` to build one of; got "
+                f"{ {name: getattr(self, name) for name in ('base', 'text', 'vqgan')} }."
+            )
+        if self.frozen_dtype is not None:
+            _refuse_unknown("model.frozen_dtype", self.frozen_dtype, FROZEN_DTYPES)
+            if self.base:
+                raise ValueError(
+                    "`model.frozen_dtype` rounds the `text` and `vqgan` that a MARS is built of; the frozen weights "
+                    "of `model.base` stay as they are. Leave it out."
+                )
+        known = [one.name for one in fields(MarsConfig) if one.name in MarsConfig.__annotations__]
+        _refuse_unknown_keys("model.config", self.config, [name for name in known if name not in CONFIG_ELSEWHERE])
 
 
 @dataclass
@@ -119,13 +150,18 @@ class DataPart:
         split (`str`, defaults to `"train"`): Which split.
         columns (`dict[str, str]`): Names in the source to ours.
         captions (`dict[str, Any]`):
-            `form: records` chooses by the shares of [`CaptionMix`]; `form: emoji` writes the forms that the emoji
-            language model knows, by the shares of [`CaptionStyle`].
+            `form: records` chooses by the shares `chinese` and `fine` of [`CaptionMix`]; `form: emoji` writes the
+            forms that the emoji language model knows, by the shares of [`CaptionStyle`].
         balance (`float`, defaults to 0.0): See [`subject_weights`]; for emoji.
         code_noise (`float`, defaults to 0.0): See [`Source`].
         drop_caption (`float`, defaults to 0.1): See [`Source`].
         min_score (`float`, *optional*): Leave records with a lower `score` out (the curated subset of Stage II).
+        max_caption_length (`int`, *optional*): Longest caption of `form: records`, in characters.
+        long_captions (`str`, defaults to `"truncate"`): See [`RecordRules`].
         streaming (`bool`, defaults to `False`): Read the records on the way, without a copy; excludes `balance`.
+
+    Raises:
+        ValueError: If a share or a length is impossible, or something contradicts something else.
     """
 
     source: str
@@ -138,7 +174,45 @@ class DataPart:
     code_noise: float = 0.0
     drop_caption: float = 0.1
     min_score: float | None = None
+    max_caption_length: int | None = None
+    long_captions: str = "truncate"
     streaming: bool = False
+
+    def __post_init__(self) -> None:
+        if self.streaming and self.balance:
+            raise ValueError(
+                f"`data`: {self.source} is read as a stream, whose records cannot be balanced. Leave `streaming` or "
+                "`balance` out."
+            )
+        _refuse_unknown("data.captions.form", self.caption_form, CAPTION_FORMS)
+        known = [one.name for one in fields(CAPTION_FORMS[self.caption_form]) if one.name not in CAPTIONS_ELSEWHERE]
+        _refuse_unknown_keys("data.captions", self.caption_shares, known)
+        shares = {name: _checked(float, one, f"data.captions.{name}") for name, one in self.caption_shares.items()}
+        self.captions = {"form": self.caption_form, **shares}
+        if impossible := [name for name, share in shares.items() if not 0 <= share <= 1]:
+            raise ValueError(
+                f"`data.captions.{impossible[0]}` is a share between 0 and 1, got {shares[impossible[0]]}."
+            )
+        _refuse_unknown("data.long_captions", self.long_captions, ("truncate", "drop"))
+        if self.max_caption_length is None:
+            return
+        if self.max_caption_length < 1:
+            raise ValueError(f"`data.max_caption_length` must be 1 or more, got {self.max_caption_length}.")
+        if self.task == "documents" or self.caption_form != "records":
+            raise ValueError(
+                f"`data.max_caption_length` of {self.source} has nothing to limit: documents have no captions, and "
+                "`form: emoji` writes its own. Leave it out."
+            )
+
+    @property
+    def caption_form(self) -> str:
+        """`captions.form`."""
+        return self.captions.get("form", "records")
+
+    @property
+    def caption_shares(self) -> dict[str, Any]:
+        """What stands beside `captions.form`."""
+        return {name: share for name, share in self.captions.items() if name != "form"}
 
 
 @dataclass
@@ -152,6 +226,9 @@ class EvaluationPart:
         prompts (`list[str]`): Pictures are drawn of these, see [`SamplePictures`]; none if empty.
         height (`int`, *optional*): Of these pictures, in pixels. Defaults to the model's.
         width (`int`, *optional*): In pixels.
+
+    Raises:
+        ValueError: If pictures are to be drawn when nothing is looked at, or no batch.
     """
 
     split: str | None = None
@@ -159,6 +236,12 @@ class EvaluationPart:
     prompts: list[str] = field(default_factory=list)
     height: int | None = None
     width: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.prompts and self.split is None:
+            raise ValueError("`evaluation.prompts` are drawn at each evaluation, which needs an `evaluation.split`.")
+        if self.num_batches < 1:
+            raise ValueError(f"`evaluation.num_batches` must be 1 or more, got {self.num_batches}.")
 
 
 @dataclass
@@ -168,6 +251,12 @@ class LossPart:
     scope: str | None = None
     label_spread: float = 0.0
     chunk_size: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.scope is not None:
+            _refuse_unknown("loss.scope", self.scope, LOSS_SCOPES)
+        if self.chunk_size < 1:
+            raise ValueError(f"`loss.chunk_size` must be 1 position or more, got {self.chunk_size}.")
 
 
 @dataclass
@@ -186,6 +275,11 @@ class OptimizerPart:
     muon_learning_rate: float | None = None
     weight_decay: float = 0.1
     adam_beta2: float = 0.95
+
+    def __post_init__(self) -> None:
+        _refuse_unknown("optimizer.name", self.name, ("adamw", "muon"))
+        if (self.name == "muon") != (self.muon_learning_rate is not None):
+            raise ValueError("`optimizer.muon_learning_rate` goes with `optimizer.name: muon`, and only with it.")
 
 
 @dataclass
@@ -263,44 +357,67 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _refuse_unknown("stage", self.stage, STAGES)
-        _refuse_unknown("optimizer.name", self.optimizer.name, ("adamw", "muon"))
-        if self.loss.scope is not None:
-            _refuse_unknown("loss.scope", self.loss.scope, LOSS_SCOPES)
         if not self.data:
             raise ValueError("A recipe needs at least one source under `data`.")
         for part in self.data:
-            _refuse_unknown("data.task", part.task, TASKS)
-            if part.streaming and part.balance:
-                raise ValueError(
-                    f"`data`: {part.source} is read as a stream, whose records cannot be balanced. Leave `streaming` "
-                    "or `balance` out."
-                )
-        built, goes_on = self.model.text or self.model.vqgan, self.model.base
-        if bool(built) == bool(goes_on) or (built and not (self.model.text and self.model.vqgan)):
+            _refuse_unknown("data.task", part.task, STAGES[self.stage].tasks, f" in the stage {self.stage}")
+        if self.codes_per_step is not None and (not self.codes_per_step or min(self.codes_per_step) < 1):
             raise ValueError(
-                "`model` needs either `base`, a MARS to go on from, or both `text` and `vqgan` to build one of; got "
-                f"{ {name: getattr(self.model, name) for name in ('base', 'text', 'vqgan')} }."
+                f"`codes_per_step` lists every K that is trained, each 1 or more, got {self.codes_per_step}. Leave it "
+                f"out to train the stage's: {list(STAGES[self.stage].codes_per_step)}."
             )
-        if (self.optimizer.name == "muon") != (self.optimizer.muon_learning_rate is not None):
-            raise ValueError("`optimizer.muon_learning_rate` goes with `optimizer.name: muon`, and only with it.")
+        self._check_training()
+
+    def _check_training(self) -> None:
         if ("max_steps" in self.training) == ("num_train_epochs" in self.training):
             raise ValueError("`training` needs `max_steps` or `num_train_epochs`, and not both.")
         if "per_device_train_batch_size" not in self.training:
             raise ValueError("`training` needs `per_device_train_batch_size`.")
-        looks = self.evaluation.split is not None or bool(self.evaluation.prompts)
-        if looks != ("eval_strategy" in self.training):
+        if (self.evaluation.split is not None) != ("eval_strategy" in self.training):
             raise ValueError(
                 "`training.eval_strategy` says how often `evaluation` looks: give both, `evaluation` with a `split`, "
                 "or none of them."
             )
-        if self.evaluation.prompts and self.evaluation.split is None:
-            raise ValueError("`evaluation.prompts` are drawn at each evaluation, which needs an `evaluation.split`.")
         owned = {"output_dir", "learning_rate", "weight_decay", "adam_beta2", "seed", "remove_unused_columns"}
         if twice := sorted(owned & self.training.keys()):
             raise ValueError(
                 f"`training.{twice[0]}` is set elsewhere in a recipe: see `optimizer`, `seed` and `--out`."
             )
         _refuse_unknown_keys("training", self.training, _training_argument_names())
+
+    def check_model(self, config: MarsConfig) -> None:
+        """
+        Refuse a model that this recipe cannot train.
+
+        Args:
+            config ([`MarsConfig`]): Of `model`, its `config` included.
+
+        Raises:
+            ValueError: If the model is made for other codes a step, lacks super-resolution, or cannot draw
+                `evaluation.prompts`.
+        """
+        if self.stage == "super-resolution" and config.super_resolution_factor is None:
+            raise ValueError(
+                "The stage super-resolution needs a model that knows how many times larger it draws: set "
+                "`model.config.super_resolution_factor`."
+            )
+        if foreign := sorted(set(self.trained_codes_per_step) - set(config.trained_codes_per_step)):
+            raise ValueError(
+                f"This recipe trains {foreign[0]} codes a step, but the model would be saved as one that draws "
+                f"{config.trained_codes_per_step}. Set `model.config.codes_per_step` to all that are trained "
+                f"({self.trained_codes_per_step}), the usual one first, or `codes_per_step` to some of the model's."
+            )
+        looks = self.evaluation
+        if looks.prompts and config.super_resolution_factor is not None:
+            raise ValueError(
+                "`evaluation.prompts` are drawn from text alone, but this is a model of super-resolution, which "
+                "starts from a smaller picture. Leave them out; the losses of `evaluation.split` are computed."
+            )
+        try:
+            sides = (config.default_image_size if side is None else side for side in (looks.height, looks.width))
+            check_image_size(*sides, config.downsample_factor)
+        except ValueError as error:
+            raise ValueError(f"`evaluation`: {error}") from None
 
     @property
     def loss_scope(self) -> str:
@@ -345,9 +462,9 @@ def _training_argument_names() -> list[str]:
     return [one.name for one in fields(TrainingArguments)]
 
 
-def _refuse_unknown(name: str, value: Any, known: Any) -> None:
+def _refuse_unknown(name: str, value: Any, known: Any, where: str = "") -> None:
     if value not in known:
-        raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
+        raise ValueError(f"`{name}` must be one of {', '.join(known)}{where}, got {value!r}.")
 
 
 def _refuse_unknown_keys(place: str, values: dict[str, Any], known: list[str]) -> None:

@@ -6,19 +6,31 @@ MARS with its processor.
 """
 
 import json
+import os
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Features
 from diffusers import VQModel
-from transformers import AutoTokenizer, Qwen2ForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.utils import logging
 
 from ..configuration_mars import MarsConfig
 from ..data.emoji_captions import CaptionStyle, emoji_caption, subject_weights
-from ..data.records import CaptionMix, RecordRules, captions_of, open_records, tokenizer_fingerprint, validate_records
+from ..data.records import (
+    BadRecords,
+    CaptionMix,
+    RecordRules,
+    captions_of,
+    open_records,
+    source_fingerprint,
+    tokenizer_fingerprint,
+    validate_records,
+)
 from ..modeling_mars import MarsForConditionalGeneration
 from ..processing_mars import MarsProcessor
 from .collation import AlignedCollator, PackedCollator
@@ -30,6 +42,23 @@ from .text import last_checkpoint
 from .trainer import MarsTrainer
 
 logger = logging.get_logger(__name__)
+
+PICTURE = ("image_codes", "height", "width")
+ENCODE = "turn pictures into codes with `mars-hf data encode`"
+
+
+@dataclass
+class CheckedSource(Source):
+    """
+    A [`Source`] whose bad records are left out.
+
+    Args:
+        name (`str`): What the recipe calls it.
+        bad_records ([`BadRecords`]): What was left out; of a stream it fills as it is read.
+    """
+
+    name: str = ""
+    bad_records: BadRecords = field(default_factory=BadRecords, repr=False)
 
 
 def build_model(part: ModelPart) -> tuple[MarsForConditionalGeneration, MarsProcessor]:
@@ -47,7 +76,7 @@ def build_model(part: ModelPart) -> tuple[MarsForConditionalGeneration, MarsProc
         if part.config:
             model, processor = with_other_config(model, processor, part.config)
     else:
-        text = Qwen2ForCausalLM.from_pretrained(part.text, dtype=torch.float32, attn_implementation=_attention())
+        text = AutoModelForCausalLM.from_pretrained(part.text, dtype=torch.float32, attn_implementation=_attention())
         vqgan = VQModel.from_pretrained(part.vqgan)
         if part.frozen_dtype is not None:
             for frozen in (text, vqgan):
@@ -90,7 +119,7 @@ def _attention() -> str:
     return "sdpa" if torch.accelerator.is_available() else "eager"
 
 
-def build_source(part: DataPart, model: MarsForConditionalGeneration, eval_split: str | None = None) -> Source:
+def build_source(part: DataPart, model: MarsForConditionalGeneration, eval_split: str | None = None) -> CheckedSource:
     """
     Open a recipe's records and check every one of them; bad ones are left out and counted.
 
@@ -100,35 +129,79 @@ def build_source(part: DataPart, model: MarsForConditionalGeneration, eval_split
         eval_split (`str`, *optional*): Another split, as it is: without noise, every record as often as the others.
 
     Raises:
-        ValueError: If more than 1 % of them are bad; of a stream, when they are read.
+        ValueError: If a column is missing, or more than 1 % of the records are bad; of a stream, when they are read.
     """
     config = model.config
     rules = RecordRules(
-        min_score=part.min_score, codebook_size=config.codebook_size, downsample_factor=config.downsample_factor
+        min_score=part.min_score,
+        max_caption_length=part.max_caption_length,
+        long_captions=part.long_captions,  # type: ignore[arg-type]
+        codebook_size=config.codebook_size,
+        downsample_factor=config.downsample_factor,
     )
     records = open_records(part.source, eval_split or part.split, part.streaming, part.columns, model.vqgan)
+    _refuse_missing_columns(part, records.features)
     records, bad = validate_records(records, rules, on_bad="skip")
-    if bad.reasons or bad.num_truncated:
-        logger.warning(f"{part.source}: {bad}")
-    form = dict(part.captions)
-    kind = form.pop("form", "records")
-    weights = None
-    if eval_split is not None:
-        return Source(part.task, part.share, records, _caption_writer(kind, form), drop_caption=0.0)
+    options: dict[str, Any] = {"drop_caption": 0.0}
+    if eval_split is None:
+        weights = subject_weights(records["hexcode"], part.balance) if part.balance else None
+        options = {"weights": weights, "code_noise": part.code_noise, "drop_caption": part.drop_caption}
+    source = CheckedSource(
+        part.task, part.share, records, _caption_writer(part, rules), name=part.source, bad_records=bad, **options
+    )
+    if not source.is_stream:
+        tell_bad_records(source)
+    return source
+
+
+def _refuse_missing_columns(part: DataPart, features: Features) -> None:
+    """Refuse data that lack what their task reads, which would end a run in the middle of some batch."""
+    needed = dict.fromkeys(PICTURE, ENCODE)
+    if part.task == "documents":
+        needed = {"segments": "documents are lists of texts and pictures: see `mars_hf.data.records`"}
+        needed |= {f"segments.{name}": ENCODE for name in PICTURE}
+    elif part.caption_form == "emoji":
+        needed |= dict.fromkeys(("caption_en", "caption_zh", "style"), "take `captions: {form: records}`")
+    if part.task == "super-resolution":
+        needed["lowres_codes"] = "encode the pictures with `mars-hf data encode --lowres-factor`"
     if part.balance:
-        weights = subject_weights(records["hexcode"], part.balance)
-    options = {"weights": weights, "code_noise": part.code_noise, "drop_caption": part.drop_caption}
-    return Source(part.task, part.share, records, _caption_writer(kind, form), **options)
+        needed["hexcode"] = "leave `balance` out, which is for emoji"
+    if part.min_score is not None:
+        needed["score"] = "leave `min_score` out"
+    parts = getattr(features.get("segments"), "feature", None)
+    given = {*features, *(f"segments.{name}" for name in (parts if isinstance(parts, dict) else ()))}
+    if missing := [name for name in needed if name not in given]:
+        raise ValueError(
+            f"`data`: {part.source} has no `{missing[0]}`, which {part.task} by this recipe reads, only "
+            f"{', '.join(features)}: {needed[missing[0]]}, or give a column that name by `columns`."
+        )
 
 
-def _caption_writer(kind: str, options: dict[str, Any]) -> Callable[[dict[str, Any], random.Random], str]:
-    if kind == "emoji":
-        style = CaptionStyle(**options)
+def tell_bad_records(source: CheckedSource) -> None:
+    """Log what was left out of a source, if anything was."""
+    bad = source.bad_records
+    if bad.reasons or bad.num_long_captions:
+        logger.warning(f"{source.name}: {bad}")
+
+
+def _tell_streams(sources: Sequence[CheckedSource], args: TrainingArguments) -> None:
+    """Log what was left out of streams while they were read, each pass counted anew."""
+    streams = [source for source in sources if source.is_stream]
+    if streams and args.dataloader_num_workers:
+        logger.warning(
+            "What is left out of a stream is counted by the worker that reads it, and not told here. Set "
+            "`dataloader_num_workers: 0` to see it."
+        )
+    for source in streams:
+        tell_bad_records(source)
+
+
+def _caption_writer(part: DataPart, rules: RecordRules) -> Callable[[dict[str, Any], random.Random], str]:
+    if part.caption_form == "emoji":
+        style = CaptionStyle(**part.caption_shares)
         return lambda record, rng: emoji_caption(record, rng, style)
-    if kind != "records":
-        raise ValueError(f"`captions.form` must be 'records' or 'emoji', got {kind!r}.")
-    mix = CaptionMix(**options)
-    return lambda record, rng: mix.choose(captions_of(record), rng.getrandbits(32), 0)
+    mix = CaptionMix(**part.caption_shares)
+    return lambda record, rng: mix.choose(captions_of(record, rules), rng.getrandbits(32), 0)
 
 
 def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
@@ -156,8 +229,14 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
 
 
 def make_trainer(recipe: Recipe, out: Path, compile_pictures: bool = False) -> tuple[MarsTrainer, MarsProcessor]:
-    """Build all that a recipe names."""
+    """
+    Build all that a recipe names.
+
+    Raises:
+        ValueError: If models or data do not fit the recipe.
+    """
     model, processor = build_model(recipe.model)
+    recipe.check_model(model.config)
     args = training_arguments(recipe, out)
     sources = [build_source(part, model) for part in recipe.data]
     data = _training_rows(recipe, model, processor, sources, args)
@@ -243,15 +322,26 @@ def _evaluation_rows(
     return rows if recipe.packing is None else PackedStream(rows, model.config, recipe.packing)
 
 
-def check_resumption(recipe: Recipe, out: Path, facts: dict[str, Any], allow_changes: bool) -> None:
+def check_resumption(
+    recipe: Recipe, out: Path, facts: dict[str, Any], allow_changes: bool = False, writes: bool = True
+) -> None:
     """
     Refuse to go on with a run under another recipe, number of processes or data; write what this run is.
+
+    A run that has no checkpoint is not gone on with: its recipe can be mended in the same folder.
+
+    Args:
+        recipe ([`Recipe`]): Of this run.
+        out (`Path`): Folder of the run.
+        facts (`dict`): What else has to stay the same.
+        allow_changes (`bool`, defaults to `False`): Go on all the same.
+        writes (`bool`, defaults to `True`): Whether this is the process that writes.
 
     Raises:
         ValueError: Naming what differs.
     """
     file, now = out / "run.json", json.loads(json.dumps({"recipe": recipe.to_dict(), **facts}))
-    if file.exists() and not allow_changes:
+    if file.exists() and last_checkpoint(out) and not allow_changes:
         before = json.loads(file.read_text(encoding="utf-8"))
         flat_before, flat_now = _flat(before), _flat(now)
         changed = sorted(
@@ -262,9 +352,11 @@ def check_resumption(recipe: Recipe, out: Path, facts: dict[str, Any], allow_cha
                 f"{out} holds a run with another `{changed[0]}`: {flat_before.get(changed[0])!r} before, now "
                 f"{flat_now.get(changed[0])!r} ({len(changed)} differ). Take another folder, or `--allow-changes`."
             )
-    out.mkdir(parents=True, exist_ok=True)
-    file.with_suffix(".part").write_text(json.dumps(now, indent=2, ensure_ascii=False), encoding="utf-8")
-    file.with_suffix(".part").rename(file)
+    if writes:
+        out.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_suffix(".part")
+        scratch.write_text(json.dumps(now, indent=2, ensure_ascii=False), encoding="utf-8")
+        os.replace(scratch, file)
 
 
 def _flat(values: Any, place: str = "") -> dict[str, Any]:
@@ -294,14 +386,16 @@ def train(recipe: Recipe, out: str | Path, compile_pictures: bool = False, allow
     torch.set_flush_denormal(True)
     torch.manual_seed(recipe.seed)
     trainer, processor = make_trainer(recipe, out, compile_pictures)
-    model = trainer.model
+    model, sources = trainer.model, _mixture_of(trainer).sources
     facts = {
         "processes": trainer.args.world_size,
-        "records": [None if source.is_stream else len(source.records) for source in _mixture_of(trainer).sources],
+        "data": [_data_facts(part, source) for part, source in zip(recipe.data, sources, strict=True)],
         "tokenizer": None if model.vqgan is None else tokenizer_fingerprint(model.vqgan),
     }
-    check_resumption(recipe, out, facts, allow_changes)
+    check_resumption(recipe, out, facts, allow_changes, writes=trainer.args.should_save)
     trainer.train(resume_from_checkpoint=last_checkpoint(out))
+    if trainer.args.should_log:
+        _tell_streams(sources, trainer.args)
     if trainer.state.global_step < trainer.state.max_steps:
         return out  # stopped by SIGTERM: the checkpoint is written
     model.config.use_cache = model.config.text_config.use_cache = True  # Trainer turned it off
@@ -309,6 +403,11 @@ def train(recipe: Recipe, out: str | Path, compile_pictures: bool = False, allow
     if trainer.args.should_save:
         processor.save_pretrained(out / "final")
     return out / "final"
+
+
+def _data_facts(part: DataPart, source: Source) -> dict[str, Any]:
+    num_records = None if source.is_stream else len(source.records)
+    return {"records": num_records, "sha256": source_fingerprint(part.source, part.split)}
 
 
 def _mixture_of(trainer: MarsTrainer) -> MixtureDataset | MixtureStream:
