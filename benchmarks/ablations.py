@@ -74,12 +74,15 @@ def recipe(stage: int, steps: int, seed: int, base: Path | None = None, **change
     """Give the package's recipe of a stage with another length, models and data of this machine, and `changes`."""
     found = Recipe.load(f"emoji/stage{stage}")
     rows = {1: 64, 2: 64, 3: 16}[stage]  # Stage III's pictures have four times the codes
-    data = [replace(part, source=str(options.data / Path(part.source).name)) for part in found.data]
+    # Without the drawings of another base.
+    parts = [part for part in found.data if not part.source.endswith("-drawn")]
+    data = [replace(part, source=str(options.data / Path(part.source).name)) for part in parts]
     config = {**found.model.config, **changes.pop("config", {})}
     origin = {"text": options.text, "vqgan": options.vqgan} if base is None else {"base": str(base)}
-    schedule = {"lr_scheduler_kwargs": {"num_decay_steps": max(steps // 3, 1), "decay_type": "linear"}}
-    training = {**found.training, "max_steps": steps, "per_device_train_batch_size": rows, **schedule}
-    training |= {"warmup_steps": max(steps // 20, 1), "save_steps": 200, "disable_tqdm": False}
+    decay = {"num_decay_steps": max(steps // 3, 1), "decay_type": "linear"}
+    training = {**found.training, "max_steps": steps, "per_device_train_batch_size": rows}
+    training |= {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": decay}
+    training |= {"warmup_steps": max(steps // 20, 1), "save_steps": 200}
     return replace(
         found,
         model=replace(found.model, **{"text": None, "vqgan": None, "base": None, "config": config, **origin}),
@@ -98,9 +101,14 @@ def run(name: str, what: Recipe) -> tuple[Path, float]:
     before = json.loads(clock.read_text()) if clock.exists() else 0.0
     if not (out / "final" / "config.json").exists():
         begin = time.monotonic()
-        train(what, out, options.compile)
-        before += (time.monotonic() - begin) / 60
-        clock.write_text(json.dumps(before))
+        try:
+            made = train(what, out, options.compile)
+        finally:
+            before += (time.monotonic() - begin) / 60
+            out.mkdir(parents=True, exist_ok=True)
+            clock.write_text(json.dumps(before))
+        if made != out / "final":
+            sys.exit(f"{out} was stopped; the same command goes on.")
     return out / "final", before
 
 
