@@ -1,20 +1,26 @@
 """
 One rank of a run that `test_distributed.py` starts: FOLDER, then how it is spread: alone, ddp, fsdp or zero3; with
-"packs" in front, on packs of rows that come one after the other.
+"packs" in front, on packs of rows that come one after the other; with "stopped", the last rank is told to stop; with
+"muon" or "adamw", as the recipe of that name in FOLDER says.
 
 accelerate shards on accelerators only; that CPU ranks may be sharded too is all that is told to it here.
 """
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_jit_checkpoint import CheckpointManager
 
 from mars_hf import MarsConfig, MarsForConditionalGeneration, MarsProcessor
 from mars_hf.training.collation import AlignedCollator, PackedCollator
 from mars_hf.training.mixture import MixtureDataset, MixtureStream, PackedStream, Source
+from mars_hf.training.recipe import Recipe
+from mars_hf.training.run import train
 from mars_hf.training.trainer import MarsTrainer
 
 FSDP = {
@@ -86,12 +92,32 @@ def data_of(processor: MarsProcessor, config: MarsConfig, packed: bool) -> tuple
     return Rows(processor, sources_of(), num_batches=60, **options), AlignedCollator(config, pad)
 
 
-def main(folder: Path, spread: str) -> None:
+class TerminateLastRank(TrainerCallback):
+    """SIGTERM for one process of all, after its fifth step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5 and args.process_index == args.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train_by_recipe(folder: Path, optimizer: str, spread: str) -> None:
+    """Train as users do; alone, a step takes the batches of two ranks."""
+    recipe = Recipe.load(folder / f"{optimizer}.yaml")
+    recipe.training["gradient_accumulation_steps"] = 2 if spread == "alone" else 1
+    if spread == "fsdp":
+        recipe.training |= {"fsdp": True, "fsdp_config": FSDP}
+    train(recipe, folder / f"{optimizer}-{spread}")
+
+
+def main(folder: Path, name: str) -> None:
     torch.set_num_threads(1)
-    packed, name = spread.startswith("packs-"), spread
-    spread = spread.removeprefix("packs-")
+    CheckpointManager.__init__.__defaults__ = (0,)  # SIGTERM is obeyed at once, not after 3 s
+    kind, _, spread = name.rpartition("-")
     if spread == "fsdp":
         let_cpu_ranks_be_sharded()
+    if kind in ("muon", "adamw"):
+        train_by_recipe(folder, kind, spread)
+        return
     args = TrainingArguments(  # before the model: DeepSpeed's is told to the library here
         str(folder / name),
         max_steps=30,
@@ -100,6 +126,7 @@ def main(folder: Path, spread: str) -> None:
         learning_rate=1e-2,
         logging_steps=1,
         save_steps=30,
+        enable_jit_checkpoint=True,
         report_to=[],
         use_cpu=True,
         remove_unused_columns=False,
@@ -110,13 +137,15 @@ def main(folder: Path, spread: str) -> None:
     )
     model = MarsForConditionalGeneration.from_pretrained(folder / "start")
     processor = MarsProcessor.from_pretrained(folder / "start")
-    data, collate = data_of(processor, model.config, packed)
-    trainer = MarsTrainer(model=model, args=args, train_dataset=data, data_collator=collate)
+    data, collate = data_of(processor, model.config, kind == "packs")
+    callbacks = [TerminateLastRank()] if kind == "stopped" else []
+    trainer = MarsTrainer(model=model, args=args, train_dataset=data, data_collator=collate, callbacks=callbacks)
     trainer.train()
+    (folder / f"{name}-{args.process_index}.step").write_text(str(trainer.state.global_step))
     kinds = {type(parameter).__name__ for parameter in trainer.model_wrapped.parameters()}
     if args.process_index == 0:
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        facts = {"losses": losses, "parameters": sorted(kinds), "processes": args.world_size}
+        entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+        facts = {"logs": entries, "parameters": sorted(kinds), "processes": args.world_size}
         (folder / f"{name}.json").write_text(json.dumps(facts))
 
 

@@ -1,4 +1,7 @@
-"""Runs on two ranks against the same run on one: unequal lengths, other tasks, a rank without any visual token."""
+"""
+Runs on two ranks against the same run on one: unequal lengths, other tasks, a rank without any visual token, recipes;
+and a rank that is told to stop.
+"""
 
 import json
 import subprocess
@@ -7,8 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from datasets import Dataset
+from safetensors.torch import load_file
 
 from mars_hf import MarsForConditionalGeneration
+from mars_hf.training.text import last_checkpoint
 
 RANK = Path(__file__).parent / "distributed_rank.py"
 pytestmark = pytest.mark.integration
@@ -21,12 +28,16 @@ def folder(tiny_model, tiny_processor, tmp_path):
     return tmp_path
 
 
-def run(folder, spread):
+def start(folder, spread):
     launch = (
         [] if spread.endswith("alone") else ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     )
     command = [sys.executable, *launch, str(RANK), str(folder), spread]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def run(folder, spread):
+    done = start(folder, spread)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / f"{spread}.json").read_text())
 
@@ -34,8 +45,11 @@ def run(folder, spread):
 def assert_the_same_run(folder, alone, spread, parameters):
     spread_out = run(folder, spread)
     assert spread_out["processes"] == 2 and parameters in spread_out["parameters"]
-    gaps = [abs(a - b) for a, b in zip(alone["losses"], spread_out["losses"], strict=True)]
-    assert len(gaps) == 30 and max(gaps) < 1e-5
+    assert len(alone["logs"]) == 30
+    for one, two in zip(alone["logs"], spread_out["logs"], strict=True):
+        assert one.keys() == two.keys() and abs(one["loss"] - two["loss"]) < 1e-5
+        of_tasks = [name for name in one if "/" in name]  # of both ranks, rounded to four digits
+        assert of_tasks and all(abs(one[name] - two[name]) < 3e-4 for name in of_tasks), (one, two)
     start = "packs-alone" if spread.startswith("packs-") else "alone"
     one, two = (
         MarsForConditionalGeneration.from_pretrained(folder / name / "checkpoint-30") for name in (start, spread)
@@ -48,6 +62,65 @@ def test_two_ranks_train_as_one_replicated_and_sharded(folder):
     alone = run(folder, "alone")
     assert_the_same_run(folder, alone, "ddp", "Parameter")
     assert_the_same_run(folder, alone, "fsdp", "DTensor")
+
+
+def test_two_ranks_stop_at_the_same_step_when_one_of_them_is_told_to(folder):
+    run(folder, "stopped-ddp")
+    steps = {(folder / f"stopped-ddp-{rank}.step").read_text() for rank in (0, 1)}
+    (step,) = steps
+    assert 5 <= int(step) < 30 and last_checkpoint(folder / "stopped-ddp").endswith(f"checkpoint-{step}")
+    assert len(list((folder / "stopped-ddp" / f"checkpoint-{step}").glob("rng_state_*.pth"))) == 2
+
+
+@pytest.fixture
+def recipes(folder):
+    """Stage I of mars-emoji in small, with its optimizer and with AdamW."""
+    rng = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 40, (16, 16), generator=rng).tolist()
+    pairs = {"image_codes": codes, "height": [16] * 16, "width": [16] * 16, "caption_en": list("abcdefghijklmnop")}
+    Dataset.from_dict(pairs).to_parquet(folder / "pairs.parquet")
+    source = {"source": str(folder / "pairs.parquet")}
+    training = {"max_steps": 12, "per_device_train_batch_size": 2, "save_steps": 12, "logging_steps": 1, "bf16": False}
+    values = {
+        "stage": "alignment",
+        "model": {"base": str(folder / "start")},
+        "data": [
+            {**source, "task": "text-to-image", "share": 0.88, "code_noise": 1.0},
+            {**source, "task": "captioning", "share": 0.12},
+        ],
+        "loss": {"scope": "grammar", "label_spread": 0.5, "chunk_size": 16},
+        "training": training,
+    }
+    for optimizer in ({"name": "muon", "muon_learning_rate": 6e-3}, {"name": "adamw"}):
+        recipe = {**values, "optimizer": {**optimizer, "learning_rate": 3e-3}}
+        (folder / f"{optimizer['name']}.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def assert_a_recipe_trains_the_same(folder, alone, spread):
+    """The losses of all steps, and the way that each weight has gone."""
+    for name in (alone, spread):
+        done = start(folder, name)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (
+        [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
+        for state in (folder / name / "checkpoint-12" / "trainer_state.json" for name in (alone, spread))
+    )
+    assert len(one) == 12 and max(abs(a - b) for a, b in zip(one, two, strict=True)) < 2e-3
+    places = (folder / "start", folder / alone / "final", folder / spread / "final")
+    before, mine, theirs = (load_file(place / "model.safetensors") for place in places)
+    for name, weight in mine.items():
+        assert (weight - theirs[name]).norm() <= 0.05 * (weight - before[name]).norm(), name
+
+
+def test_a_recipe_on_two_ranks_trains_as_on_one_with_muon(recipes):
+    assert_a_recipe_trains_the_same(recipes, "muon-alone", "muon-ddp")
+
+
+def test_a_recipe_on_two_sharded_ranks_trains_as_on_one_with_adamw_and_refuses_muon(recipes):
+    assert_a_recipe_trains_the_same(recipes, "adamw-alone", "adamw-fsdp")
+    refused = start(recipes, "muon-fsdp")
+    assert refused.returncode != 0 and "Muon orthogonalises whole matrices" in refused.stderr
 
 
 def test_two_ranks_read_packs_of_a_stream_as_one_does(folder):

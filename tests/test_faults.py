@@ -1,10 +1,12 @@
 """Runs that are killed, terminated or out of disk, against one that is left alone."""
 
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from mars_hf.training.recipe import Recipe
 from mars_hf.training.run import train
 from mars_hf.training.text import last_checkpoint
 
+RUN = Path(__file__).parent / "faulty_run.py"
+SCRIPT = Path(__file__).parents[1] / "examples" / "accelerate" / "train.slurm"
 pytestmark = pytest.mark.integration
 
 
@@ -50,58 +54,65 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def start(recipe, out):
-    code = "import sys, torch; torch.set_num_threads(1); from mars_hf.cli import main; sys.argv[0] = 'mars-hf'; main()"
-    command = [sys.executable, "-c", code, "train", str(recipe), "--out", str(out)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def start(recipe, out, dies="not"):
+    command = [sys.executable, "-u", str(RUN), dies, "train", str(recipe), "--out", str(out)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_steps(process, out, count):
-    """Wait until a run has `count` checkpoints more than it had, or has ended."""
-    wanted = count + (int(last_checkpoint(out).rsplit("-", 1)[1]) if last_checkpoint(out) else 0)
-    while process.poll() is None:
-        found = last_checkpoint(out)
-        if found and int(found.rsplit("-", 1)[1]) >= wanted:
-            return
-        time.sleep(0.005)
+def changed(recipe, **training):
+    """Change arguments of the Trainer in a recipe."""
+    values = yaml.safe_load(recipe.read_text())
+    values["training"].update(training)
+    recipe.write_text(yaml.safe_dump(values))
+    return recipe
+
+
+def assert_the_same_weights(folder, other):
+    mine, theirs = (load_file(one / "model.safetensors") for one in (folder, other))
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def step_of(checkpoint):
+    return int(checkpoint.rsplit("-", 1)[1])
 
 
 def test_a_run_that_is_killed_again_and_again_ends_with_the_weights_of_one_that_was_not(recipe, tmp_path, one_thread):
     whole = train(Recipe.load(recipe), tmp_path / "whole")
     out, rng = tmp_path / "killed", random.Random(0)
-    for _ in range(5):
+    for dies, last_good in (("in-state", 3), ("in-optimizer", 6)):  # each dies in its second checkpoint
+        process = start(recipe, out, dies)
+        _, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, errors[-3000:]
+        assert step_of(last_checkpoint(out)) == last_good and (out / f"checkpoint-{last_good + 3}").exists()
+    assert not (out / "checkpoint-9" / "trainer_state.json").exists()
+    for _ in range(2):
         process = start(recipe, out)
-        wait_for_steps(process, out, 3)
-        time.sleep(rng.random() * 0.5)  # some of these fall into the writing of a checkpoint, which takes most time
+        process.stdout.readline()  # it trains: its first losses are told
+        time.sleep(rng.random() * 0.5)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert not (out / "final").exists()
     process = start(recipe, out)
     _, errors = process.communicate()
     assert process.returncode == 0, errors[-3000:]
-    mine, theirs = (load_file(folder / "model.safetensors") for folder in (out / "final", whole))
-    assert mine.keys() == theirs.keys()
-    for name, value in mine.items():
-        assert torch.equal(value, theirs[name]), name
+    assert_the_same_weights(out / "final", whole)
 
 
-def test_a_run_that_is_terminated_writes_a_checkpoint_and_ends(recipe, tmp_path):
-    out = tmp_path / "run"
+def test_a_run_that_is_terminated_writes_a_checkpoint_and_goes_on_from_there(recipe, tmp_path, one_thread):
+    recipe, out = changed(recipe, save_steps=1000, logging_steps=1), tmp_path / "run"
     process = start(recipe, out)
-    wait_for_steps(process, out, 3)
+    process.stdout.readline()  # the first step is told
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
     assert process.returncode == 0, errors[-3000:]
-    assert last_checkpoint(out) and not (out / "final").exists()
+    assert 1 <= step_of(last_checkpoint(out)) < 120 and not (out / "final").exists()
+    assert_the_same_weights(train(Recipe.load(recipe), out), train(Recipe.load(recipe), tmp_path / "whole"))
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(recipe, tmp_path, monkeypatch):
-    import shutil
-
-    out = tmp_path / "run"
-    values = yaml.safe_load(recipe.read_text())
-    values["training"]["max_steps"] = 6
-    recipe.write_text(yaml.safe_dump(values))
+    out, recipe = tmp_path / "run", changed(recipe, max_steps=6)
     torch_save = torch.save
     written = []
 
@@ -118,6 +129,51 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(recipe, tmp_path, monkeypat
     assert last_checkpoint(out).endswith("checkpoint-3")
     train(Recipe.load(recipe), out)
     alone = train(Recipe.load(recipe), tmp_path / "alone")
-    mine, theirs = (load_file(folder / "model.safetensors") for folder in (out / "final", alone))
-    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
-    shutil.rmtree(out)
+    assert_the_same_weights(out / "final", alone)
+
+
+@pytest.fixture
+def slurm_calls(tmp_path, monkeypatch):
+    """Put programs of Slurm in the path that note how they are called; a run is what `SRUN` says."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    bodies = {
+        "scontrol": 'echo "scontrol $*" >> "$CALLS"; [ "$1" != show ] || echo node-0',
+        "scancel": 'echo "scancel $*" >> "$CALLS"',
+        "srun": 'echo "srun $*" >> "$CALLS"; eval "$SRUN"',
+    }
+    for name, body in bodies.items():
+        (programs / name).write_text(f"#!/bin/bash\n{body}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    return tmp_path / "calls"
+
+
+TOLD = 'until grep -q "scancel --signal=TERM 7" "$CALLS"; do sleep 0.05; done'
+RUNS = {
+    "ends": "exit 0",
+    "fails": "exit 1",
+    "is stopped": f"{TOLD}; exit 1",
+    "is stopped at its end": f'{TOLD}; touch "$OUT/final/processor_config.json"',
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_slurm_job_requeues_itself_if_and_only_if_its_run_was_stopped_before_the_end(
+    slurm_calls, tmp_path, monkeypatch, run
+):
+    out = tmp_path / "run"
+    (out / "final").mkdir(parents=True)
+    monkeypatch.setenv("OUT", str(out))
+    monkeypatch.setenv("SRUN", RUNS[run])
+    job = subprocess.Popen(["bash", str(SCRIPT), "paper/stage1", str(out)])
+    if "stopped" in run:
+        while not (slurm_calls.exists() and "srun" in slurm_calls.read_text()):
+            time.sleep(0.05)
+        job.send_signal(signal.SIGUSR1)
+    status, calls = job.wait(timeout=120), slurm_calls.read_text()
+    assert f"launch paper/stage1 --out {out}" in calls
+    assert ("scontrol requeue 7" in calls) == (run == "is stopped")
+    assert (status == 0) == (run != "fails")

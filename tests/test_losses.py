@@ -86,6 +86,17 @@ def test_positions_promised_to_be_codes_give_the_same_loss(model):
         assert torch.allclose(promised.loss, found.loss) and promised.num_codes == found.num_codes == 18
 
 
+def test_shares_of_labels_follow_the_head_to_its_device_once(model):
+    shares = neighbouring_codes(model.vqgan.quantize.embedding.weight, 0.5)
+    loss, elsewhere = HeadLoss("joint", shares, all_codes=True), model.to("meta")
+    hidden = torch.zeros(2, 4, model.config.text_config.hidden_size, dtype=torch.float64, device="meta")
+    labels = torch.zeros(2, 4, dtype=torch.long, device="meta")
+    loss(elsewhere, hidden, labels)
+    moved = loss.neighbours
+    loss(elsewhere, hidden, labels)
+    assert moved.device.type == "meta" and loss.neighbours is moved
+
+
 def test_rows_without_codes_have_a_loss_and_a_graph(model):
     ids, labels = rows(model, text_only=True)
     terms = model(ids, labels=labels, head_loss=HeadLoss("joint"))

@@ -6,16 +6,20 @@ from itertools import islice
 
 import pytest
 import torch
+import typer
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations import integration_utils
 
+from mars_hf.cli.app import one_line_errors
 from mars_hf.modeling_mars import is_visual_parameter
 from mars_hf.training.collation import AlignedCollator, PackedCollator, ShiftedRow, pack_rows
 from mars_hf.training.mixture import MixtureDataset, MixtureStream, PackedStream, Source
 from mars_hf.training.muon import muon_with_adamw
-from mars_hf.training.trainer import MarsTrainer
+from mars_hf.training.text import last_checkpoint
+from mars_hf.training.trainer import MarsTrainer, StopTogether
 
 TEXT = {"vocab_size": 264, "eos_token_id": 256, "pad_token_id": 256, "max_position_embeddings": 128}
 
@@ -57,9 +61,9 @@ def mixture(processor, batch_size=2, num_batches=8, **options):
 
 
 def arguments(folder, **changes):
-    settings = {"max_steps": 6, "per_device_train_batch_size": 2, "save_steps": 3, "logging_steps": 1, **changes}
+    settings = {"max_steps": 6, "per_device_train_batch_size": 2, "save_steps": 3, "logging_steps": 1, "report_to": []}
     return TrainingArguments(
-        str(folder), report_to=[], use_cpu=True, disable_tqdm=True, remove_unused_columns=False, **settings
+        str(folder), use_cpu=True, disable_tqdm=True, remove_unused_columns=False, **{**settings, **changes}
     )
 
 
@@ -246,6 +250,47 @@ def test_logs_tell_the_loss_of_each_task_and_how_many_codes_are_in_use(make_tiny
     assert abs(logs["codes/used"] - len(codes.unique()) / 40) < 1e-4
 
 
+def test_what_is_named_in_report_to_is_told_the_losses_of_tasks(make_tiny, tiny_processor, tmp_path, monkeypatch):
+    told = {}
+
+    class Recorder(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            told.update(logs)
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "recorder", Recorder)
+    changes = {"report_to": ["recorder"], "max_steps": 1}
+    trainer_of(make_tiny(), mixture(tiny_processor), tmp_path, changes=changes).train()
+    assert {"loss", "codes/used", f"{mixture(tiny_processor).source_of(0).task}/loss"} <= told.keys()
+
+
+def losses_of(model, data, folder, **options):
+    """Train a copy of a model on pictures for three steps."""
+    trainer = trainer_of(copy.deepcopy(model), data, folder, loss_scope="grammar", label_spread=0.5, **options)
+    trainer.train()
+    return torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+
+
+def pictures(processor):
+    return MixtureDataset(processor, sources()[:1], batch_size=2, num_batches=8)
+
+
+def test_losses_in_bfloat16_are_near_those_in_float32(make_tiny, tiny_processor, tmp_path):
+    model, data = make_tiny(), pictures(tiny_processor)
+    plain = losses_of(model, data, tmp_path / "float32", changes={"max_steps": 3})
+    rounded = losses_of(model, data, tmp_path / "bfloat16", changes={"max_steps": 3, "bf16": True})
+    assert torch.allclose(plain, rounded, rtol=0.03) and not torch.equal(plain, rounded)
+
+
+@pytest.mark.integration
+def test_losses_of_compiled_pictures_are_those_of_plain_ones(make_tiny, tiny_processor, tmp_path):
+    model, data = make_tiny(), pictures(tiny_processor)
+    plain = losses_of(model, data, tmp_path / "plain", changes={"max_steps": 3})
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    compiled = losses_of(model, data, tmp_path / "compiled", changes={"max_steps": 3}, compile_pictures=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
+    assert torch.allclose(plain, compiled, rtol=1e-4)
+
+
 def test_gradient_checkpointing_changes_no_gradient(make_tiny, tiny_processor, tmp_path):
     data, found = mixture(tiny_processor), []
     start = make_tiny().double()
@@ -286,6 +331,62 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_batch(make_tiny, t
     expected = trainer.data_collator([data[2 * step], data[2 * step + 1]])
     assert torch.equal(load_file(kept)["input_ids"], expected["input_ids"])
     assert (tmp_path / f"checkpoint-{step}" / "trainer_state.json").exists()
+
+
+def test_a_loss_that_is_no_number_is_one_line_on_the_command_line(capsys):
+    with pytest.raises(typer.Exit) as ended, one_line_errors(debug=False):
+        raise FloatingPointError("The loss is nan\nin step 3.")
+    assert ended.value.exit_code == 1 and capsys.readouterr().err == "mars-hf: The loss is nan in step 3.\n"
+
+
+def test_a_stop_where_a_checkpoint_is_due_writes_it_once_and_keeps_transformers_from_writing_its_own(
+    make_tiny, tiny_processor, tmp_path, monkeypatch
+):
+    written = []
+
+    class Terminate(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            (stop,) = [one for one in trainer.callback_handler.callbacks if isinstance(one, StopTogether)]
+            stop.jit_manager.is_checkpoint_requested = state.global_step == 2  # what the signal's timer does
+
+    def save(*args, **kwargs):
+        written.append(trainer.state.global_step)
+        return MarsTrainer._save_checkpoint(trainer, *args, **kwargs)
+
+    changes = {"enable_jit_checkpoint": True}
+    data = mixture(tiny_processor)
+    trainer = trainer_of(make_tiny(), data, tmp_path, callbacks=[Terminate()], changes=changes)
+    monkeypatch.setattr(trainer, "_save_checkpoint", save)
+    trainer.train()
+    assert written == [3] and trainer.state.global_step == 3
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("trainer_state.json", None),
+        ("trainer_state.json", ""),
+        ("trainer_state.json", '{"global_step": 1'),
+        ("checkpoint-is-incomplete.txt", "Checkpoint started at step 12"),
+    ],
+)
+def test_checkpoints_that_were_not_written_to_their_end_are_passed_over(tmp_path, file, content):
+    for step in (9, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-12-by-hand").mkdir()  # a copy that a user made
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-12")
+    broken = tmp_path / "checkpoint-12" / file
+    broken.unlink() if content is None else broken.write_text(content)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
+    (tmp_path / "checkpoint-9" / "trainer_state.json").unlink()
+    assert last_checkpoint(tmp_path) is None
+
+
+def test_labels_are_not_shared_without_a_codebook(make_tiny, tmp_path):
+    with pytest.raises(ValueError, match="`label_spread=0.5`.*no VQ-GAN.*set `label_spread` to 0"):
+        trainer_of(make_tiny(vq=False), [], tmp_path, label_spread=0.5)
 
 
 def test_a_frozen_weight_that_moves_is_found(make_tiny, tiny_processor, tmp_path):
@@ -410,6 +511,56 @@ def test_lora_on_the_visual_experts_trains_alone_and_leaves_text_as_it_is(make_t
     loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter")
     ids = torch.tensor([mixture(tiny_processor)[0]["input_ids"]])
     assert torch.equal(loaded(ids).logits, adapted.eval()(ids).logits)
+
+
+VISUAL_MODULES = [
+    "visual_q_proj",
+    "visual_k_proj",
+    "visual_v_proj",
+    "visual_mlp",
+    "visual_embed_tokens",
+    "vision_head",
+]
+LANGUAGE = r".*layers\.\d+\.(self_attn\.(q|k|v)_proj|mlp\.(gate|up|down)_proj)"
+
+
+def test_lora_on_the_language_experts_trains_on_prompts_beside_the_visual_part_and_can_be_taken_off(
+    make_tiny, tiny_processor, tmp_path
+):
+    from peft import LoraConfig, get_peft_model
+
+    model = make_tiny()
+    words = torch.tensor([[1, 2, 3, 4]])
+    said = model(words).logits
+    adapter = LoraConfig(r=4, target_modules=LANGUAGE, modules_to_save=VISUAL_MODULES)
+    adapted = get_peft_model(model, adapter)
+    start = {name: p.detach().clone() for name, p in adapted.named_parameters()}
+    data = pictures(tiny_processor)
+    trainer = trainer_of(adapted, data, tmp_path, changes={"learning_rate": 1e-2})
+    batch = trainer.data_collator([data[0], data[1]])
+    assert batch["prompt_length"] > 0  # such prompts run without gradient where nothing in them trains
+    trainer.compute_loss(adapted, batch).backward()
+    found = gradients(adapted)
+    for projection in ("q_proj", "k_proj", "v_proj"):
+        (name,) = [name for name in found if f"layers.0.self_attn.{projection}.lora_B" in name]
+        assert found[name].any(), name
+    adapted.zero_grad()
+    trainer.train()
+    moved = {name for name, p in adapted.named_parameters() if not torch.equal(p, start[name])}
+    assert any("lora_B" in name for name in moved) and any("vision_head" in name for name in moved)
+    assert all("lora_" in name or is_visual_parameter(name) for name in moved)
+    assert not torch.equal(adapted.eval()(words).logits, said)
+    with adapted.disable_adapter():
+        assert torch.equal(adapted(words).logits, said)
+
+
+def test_what_trains_beside_an_adapter_and_would_not_be_saved_is_refused(make_tiny, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(make_tiny(), LoraConfig(r=4, target_modules=LANGUAGE))
+    adapted.get_base_model().vision_head.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="1 trainable parameters are no part.*vision_head.weight.*modules_to_save"):
+        trainer_of(adapted, [], tmp_path)
 
 
 def as_stream(rows):

@@ -50,7 +50,7 @@ def one_line_errors(debug: bool, extra: str = "data") -> Iterator[None]:
     """Tell what a user can mend in one line, and exit with 2 for a wrong argument, 1 for a failing machine."""
     try:
         yield
-    except (ValueError, RuntimeError, OSError, MemoryError, ModuleNotFoundError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError, ModuleNotFoundError, FloatingPointError) as error:
         if debug or isinstance(error, (typer.Exit, typer.Abort)):
             raise
         missing = isinstance(error, ModuleNotFoundError)

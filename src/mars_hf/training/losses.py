@@ -145,6 +145,7 @@ class HeadLoss:
         else:
             # The mean logit of a label's neighbours is the state times their mean head row: no gather from logits.
             head = model.vision_head.weight
+            self.neighbours = self.neighbours.to(head.device)  # sharded models come to theirs when training begins
             mean_rows = F.embedding(codes, self.neighbours.to(head.dtype) @ head[:count])
             wanted = (_at_least_float32(states) * _at_least_float32(mean_rows)).sum(-1)
         code = (lse_codes - wanted).sum()

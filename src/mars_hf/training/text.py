@@ -26,9 +26,13 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils import logging
 
 from mars_hf.data.text import PICTURE
 
+logger = logging.get_logger(__name__)
+
+INCOMPLETE = "checkpoint-is-incomplete.txt"  # transformers' mark while a checkpoint on SIGTERM is written
 END_TOKEN = "<|endoftext|>"
 CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]
 VOCAB_SIZE = 6144
@@ -234,12 +238,28 @@ def train_text_model(
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
-    """Find the last checkpoint that was written to its end, or `None`: the Trainer's state is its last file."""
-    steps = [
-        int(state.parent.name.removeprefix("checkpoint-"))
-        for state in Path(output_dir).glob("checkpoint-*/trainer_state.json")
-    ]
-    return str(Path(output_dir) / f"checkpoint-{max(steps)}") if steps else None
+    """
+    Find the last checkpoint that was written to its end, or `None`.
+
+    The Trainer's state is the last file of a checkpoint: where a run died before, it is missing, empty or cut off.
+    """
+    names = (folder.name.removeprefix("checkpoint-") for folder in Path(output_dir).glob("checkpoint-*"))
+    for step in sorted((int(name) for name in names if name.isdigit()), reverse=True):
+        folder = Path(output_dir) / f"checkpoint-{step}"
+        if _is_complete(folder):
+            return str(folder)
+        logger.warning_once(f"{folder} was not written to its end and is passed over.")
+    return None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    if (checkpoint / INCOMPLETE).exists():
+        return False
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 def _padded_batches(documents: list[list[int]], end: int, batch_size: int) -> Iterator[torch.Tensor]:

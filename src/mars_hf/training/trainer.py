@@ -1,9 +1,10 @@
 """
 `MarsTrainer`: transformers' `Trainer` with what it lacks for MARS, and nothing else.
 
-The loss is computed from hidden states (see `losses.py`). Prompts in front of the first picture have no trainable
-part, so they run without gradient, as a dense call whose keys and values the rest of the row attends to. This is the
-plain forward, exactly. Where the rest is one picture a row, it has one shape for all batches and can be compiled.
+The loss is computed from hidden states (see `losses.py`). Where the visual part alone trains, prompts in front of the
+first picture have no trainable part, so they run without gradient, as a dense call whose keys and values the rest of
+the row attends to. This is the plain forward, exactly. Where the rest is one picture a row, it has one shape for all
+batches and can be compiled.
 """
 
 import hashlib
@@ -11,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import DynamicCache, Trainer, TrainerCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
-from ..modeling_mars import MarsForConditionalGeneration
+from ..modeling_mars import MarsForConditionalGeneration, is_visual_parameter
 from .losses import HeadLoss, LossTerms, neighbouring_codes
+from .muon import ChainedOptimizer
 
 TERMS = ("loss", "code", "text", "gate", "num_codes", "num_words")
+CODES = "codes"  # under which the counts of codes are noted, beside the tasks
 
 
 class MarsTrainer(Trainer):
@@ -26,8 +31,8 @@ class MarsTrainer(Trainer):
     Trains the visual part of a MARS on batches of [`AlignedCollator`] or [`PackedCollator`].
 
     Each optimizer step is the mean over the labels of all its batches, whatever the accumulation. Logged beside
-    Trainer's own: the loss of each task and its terms, and of the labels the share of codes in use and their
-    perplexity.
+    Trainer's own, over all processes: the loss of each task and its terms, and of the labels the share of codes in use
+    and their perplexity.
 
     Args:
         loss_scope (`str`, defaults to `"joint"`):
@@ -35,12 +40,14 @@ class MarsTrainer(Trainer):
         label_spread (`float`, defaults to 0.0): Width of [`neighbouring_codes`]; 0 labels each code alone.
         chunk_size (`int`, defaults to 2048): See [`HeadLoss`].
         prompts_without_gradient (`bool`, defaults to `True`):
-            Run prompts as above. Left out by itself on several processes, which must make the same calls, and under
-            gradient checkpointing, which keeps no keys and values.
+            Run prompts as above. Left out by itself where more than the visual part trains, such as a LoRA on the
+            language model; on several processes, which must make the same calls; and under gradient checkpointing,
+            which keeps no keys and values.
         compile_pictures (`bool`, defaults to `False`): Compile what follows the prompts where pictures are drawn.
 
     Raises:
-        ValueError: If the loss scope is unknown.
+        ValueError: If the loss scope is unknown, if `label_spread` has no codebook to go by, if an adapter would not
+            save all that trains, or if Muon's matrices are sharded.
     """
 
     def __init__(
@@ -55,6 +62,13 @@ class MarsTrainer(Trainer):
     ):
         super().__init__(*args, **kwargs)
         mars = self._mars()
+        if label_spread and mars.vqgan is None:
+            raise ValueError(
+                f"`label_spread={label_spread}` shares labels among codes that are near in the VQ-GAN's codebook, and "
+                "this model has no VQ-GAN. Train from a checkpoint with one, or set `label_spread` to 0."
+            )
+        trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        _refuse_what_an_adapter_does_not_save(self.model, trained)
         spread = neighbouring_codes(mars.vqgan.quantize.embedding.weight, label_spread) if label_spread else None
         self.head_loss = HeadLoss(loss_scope, spread, chunk_size)
         self.picture_loss = HeadLoss(loss_scope, spread, chunk_size, all_codes=True)
@@ -63,12 +77,13 @@ class MarsTrainer(Trainer):
             prompts_without_gradient
             and self.args.world_size == 1
             and not (self.args.gradient_checkpointing or mars.is_activation_checkpointing)
-            and mars.config.use_visual_expert
+            and all(map(is_visual_parameter, trained))
         )
         self._pictures = torch.compile(_picture_terms) if compile_pictures else _picture_terms
-        self._sums: dict[str, torch.Tensor] = {}
-        self._code_counts: torch.Tensor | None = None
+        self._notes: dict[str, torch.Tensor] = {}
         self.add_callback(FrozenCheck())
+        if self.args.enable_jit_checkpoint:
+            self.add_callback(StopTogether(self.pop_callback(JITCheckpointCallback)))
 
     def _mars(self) -> MarsForConditionalGeneration:
         model = self.accelerator.unwrap_model(self.model)
@@ -83,6 +98,16 @@ class MarsTrainer(Trainer):
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int]:
         return SequentialSampler(self.train_dataset)  # the data set shuffles itself
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Refuse Muon where each process has a piece of a matrix; else as the Trainer."""
+        optimizer = super().create_optimizer(model)
+        if isinstance(optimizer, ChainedOptimizer) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "Muon orthogonalises whole matrices, and FSDP and DeepSpeed leave each process a piece of them. Take "
+                "AdamW (`optimizer.name: adamw` in a recipe), or replicate the model on all processes."
+            )
+        return optimizer
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         return [name for name in super().get_decay_parameter_names(model) if "embed" not in name]
@@ -144,27 +169,43 @@ class MarsTrainer(Trainer):
             )
         return loss
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The Trainer's state comes next, and says that a checkpoint is complete: of the other processes, too.
+        self.accelerator.wait_for_everyone()
+
     @torch.no_grad()
     def _note(self, task: str, terms: LossTerms, labels: torch.Tensor) -> None:
         """Add a batch up for the next log, on the device."""
         kind = task if self.model.training else f"eval_{task}"
-        sums = torch.stack([getattr(terms, name).detach().double() for name in TERMS])
-        self._sums[kind] = self._sums.get(kind, 0) + sums
+        self._add(kind, torch.stack([getattr(terms, name).detach().double() for name in TERMS]))
         if self.model.training:
             config = self._mars().config
             codes = labels[(labels >= config.image_token_offset) & (labels < config.image_start_token_id)]
-            counts = torch.bincount(codes - config.image_token_offset, minlength=config.codebook_size)
-            self._code_counts = counts if self._code_counts is None else self._code_counts + counts
+            self._add(CODES, torch.bincount(codes - config.image_token_offset, minlength=config.codebook_size))
+
+    def _add(self, kind: str, values: torch.Tensor) -> None:
+        self._notes[kind] = self._notes[kind] + values if kind in self._notes else values
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the losses of tasks and the statistics of codes since the last log."""
+        """Add the losses of tasks and the statistics of codes since the last log; on every process, or on none."""
         super().log({**logs, **self._task_logs("eval_loss" in logs)}, start_time)
+
+    def _take_notes(self, is_evaluation: bool) -> dict[str, torch.Tensor]:
+        """Add up what all processes have noted: the tasks of their batches need not be the same."""
+        kinds = [kind for kind in self._notes if kind.startswith("eval_") == is_evaluation]
+        total: dict[str, torch.Tensor] = {}
+        for notes in gather_object([{kind: self._notes.pop(kind).cpu() for kind in kinds}]):
+            for kind, values in notes.items():
+                total[kind] = total[kind] + values if kind in total else values
+        return total
 
     def _task_logs(self, is_evaluation: bool) -> dict[str, float]:
         logs: dict[str, float] = {}
-        kinds = [kind for kind in self._sums if kind.startswith("eval_") == is_evaluation]
-        for kind in sorted(kinds) if self.args.world_size == 1 else []:
-            sums = dict(zip(TERMS, self._sums.pop(kind).tolist(), strict=True))
+        notes = self._take_notes(is_evaluation)
+        counts = notes.pop(CODES, None)
+        for kind, values in sorted(notes.items()):
+            sums = dict(zip(TERMS, values.tolist(), strict=True))
             count = max(sums["num_codes"] + sums["num_words"], 1)
             logs[f"{kind}/loss"] = sums["loss"] / count
             for term, number in (("code", "num_codes"), ("text", "num_words")):
@@ -172,12 +213,52 @@ class MarsTrainer(Trainer):
                     logs[f"{kind}/{term}"] = sums[term] / sums[number]
             if sums["gate"]:
                 logs[f"{kind}/gate"] = sums["gate"] / count
-        if not is_evaluation and self._code_counts is not None and self._code_counts.any():
-            shares = self._code_counts.double() / self._code_counts.sum()
+        if counts is not None and counts.any():
+            shares = counts.double() / counts.sum()
             logs["codes/used"] = float((shares > 0).double().mean())
             logs["codes/perplexity"] = float(torch.special.entr(shares).sum().exp())
-            self._code_counts = None
         return {name: round(value, 4) for name, value in logs.items()}
+
+
+def _refuse_what_an_adapter_does_not_save(model: torch.nn.Module, trained: list[str]) -> None:
+    """Checkpoints of an adapted model hold the adapter alone: whatever else trains would be lost."""
+    if not hasattr(model, "get_base_model"):
+        return
+    marks = (model.base_model.prefix, "modules_to_save")
+    lost = [name for name in trained if not any(mark in name for mark in marks)]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} trainable parameters are no part of the adapter and would be in no checkpoint, {lost[0]} "
+            "first. Name their modules under `modules_to_save` of the adapter's configuration, or freeze them."
+        )
+
+
+class StopTogether(JITCheckpointCallback):
+    """
+    transformers' checkpoint on SIGTERM, with a step that all processes agree on.
+
+    There each process saves where its own timer finds it, and those that save wait for ever for those that train.
+    Here the step is ended by all if any was told to, and the Trainer saves as it always does: once, also where a
+    checkpoint was due.
+
+    Args:
+        found ([`JITCheckpointCallback`]): The one of the Trainer, whose signal handler is kept.
+    """
+
+    def __init__(self, found: JITCheckpointCallback):
+        self.trainer, self.jit_manager = found.trainer, found.jit_manager
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """Go on: what is asked for here is done at the end of the step."""
+
+    on_step_begin = on_epoch_end = on_pre_optimizer_step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.jit_manager.is_checkpoint_requested:
+            self.trainer.accelerator.set_trigger()
+        if self.trainer.accelerator.check_trigger():
+            self.jit_manager.is_checkpoint_requested = False
+            control.should_save = control.should_training_stop = True
 
 
 class FrozenCheck(TrainerCallback):
@@ -230,4 +311,4 @@ def _picture_terms(
     return model(**rest, past_key_values=DynamicCache(prefix), modality="image", use_cache=True, head_loss=head_loss)
 
 
-__all__ = ["FrozenCheck", "MarsTrainer", "frozen_hashes", "prompt_states"]
+__all__ = ["FrozenCheck", "MarsTrainer", "StopTogether", "frozen_hashes", "prompt_states"]
