@@ -3,12 +3,18 @@ Does the engine cost much, and does memory stay where it is? Two tables, on rand
 tar shards:
 
 - decode, filter, hash, find duplicates, write: `mars-hf data build` on Ray with two workers beside a bare
-  `multiprocessing` loop of two processes, each in a fresh process and after a warm-up, interleaved; medians;
+  `multiprocessing` loop, in which two processes examine pictures and a third finds duplicates and writes; each in a
+  fresh process and after a warm-up, interleaved; medians;
 - peak memory of the whole process tree (proportional set size) of a build of 10 and of 100 shards.
 
     python benchmarks/data.py --folder data/benchmark
 
-Needs Linux and psutil. The folder is emptied again.
+Is everything caught that should be, and nothing else? Among the first pictures of the emoji data, files are planted
+that are copies, bombs, damaged or mislabelled; a table says what became of them:
+
+    python benchmarks/data.py --folder data/benchmark --plant data/emoji-64
+
+Needs Linux and psutil. The folder is removed again.
 """
 
 import argparse
@@ -20,11 +26,14 @@ import os
 import platform
 import shutil
 import statistics
+import struct
 import subprocess
 import sys
 import tarfile
 import threading
 import time
+import zlib
+from collections import Counter
 from pathlib import Path
 
 import imagehash
@@ -32,7 +41,10 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+import yaml
+from datasets import Image as ImageFeature
+from datasets import load_dataset
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from mars_hf.data.build.duplicates import NearDuplicates
@@ -44,6 +56,7 @@ SIZE = (512, 384)
 MIN_SIDE, MAX_RATIO, MAX_DISTANCE, MAX_COLOUR_DIFFERENCE = 256, 2.0, 4, 16
 WORKERS = 2
 OBJECT_STORE = 200_000_000
+WARM_RECORDS = 20
 MIB = 2**20
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,6 +66,7 @@ parser.add_argument("--records", type=int, default=200, help="pictures of a shar
 parser.add_argument("--repeats", type=int, default=3)
 parser.add_argument("--few", type=int, default=10, help="shards of the second table")
 parser.add_argument("--many", type=int, default=100)
+parser.add_argument("--plant", type=Path, help="folder of the emoji data: plant files among them and look for them")
 parser.add_argument("--run", choices=["bare", "ray", "once"], help="what this script starts itself with")
 parser.add_argument("--out", type=Path, help="of --run")
 
@@ -149,7 +163,7 @@ def timed(options: argparse.Namespace) -> None:
             count = run_bare(pool, shards, options.out / "out")
     else:
         with connected(Engine(workers=WORKERS, object_store_bytes=OBJECT_STORE)):
-            run_ray(warm, options.out / "warm", options.records)
+            run_ray(warm, options.out / "warm", WARM_RECORDS)  # a file for each worker
             started = time.perf_counter()
             count = run_ray(shards, options.out / "out", options.records)
     print(json.dumps({"seconds": time.perf_counter() - started, "records": count}))
@@ -208,7 +222,7 @@ def fill(folder: Path, count: int, records: int) -> None:
 def compare(options: argparse.Namespace) -> None:
     folder = options.folder
     fill(folder / "shards", options.shards, options.records)
-    fill(folder / "warm", WORKERS, 20)
+    fill(folder / "warm", WORKERS, WARM_RECORDS)
     results: dict[str, list[dict]] = {"bare": [], "ray": []}
     for _ in range(options.repeats):
         for run in results:
@@ -235,6 +249,82 @@ def compare(options: argparse.Namespace) -> None:
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
 
 
+# What is planted
+
+
+def encoded(picture: Image.Image, form: str) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, form, quality=60)
+    return buffer.getvalue()
+
+
+def bomb() -> bytes:
+    """Make a PNG of a few bytes whose header promises 1.6 thousand million pixels."""
+    header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b""))
+    parts = (struct.pack(">I", len(c)) + name + c + struct.pack(">I", zlib.crc32(name + c)) for name, c in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def planted(data: bytes) -> dict[str, tuple[bytes, bytes | None, str | None]]:
+    """Give by name: a file and its caption made of a picture that stays, and the reason that must drop it, if any."""
+    picture, caption = Image.open(io.BytesIO(data)).convert("RGB"), b"a caption"
+    new = ImageOps.invert(ImageOps.flip(picture))
+    return {
+        "copy.png": (data, caption, "exact_duplicate"),
+        "copy-as.bmp": (encoded(picture, "BMP"), caption, "exact_duplicate"),
+        "recompressed.jpg": (encoded(picture, "JPEG"), caption, "near_duplicate"),
+        "bomb.png": (bomb(), caption, "too_many_pixels"),
+        "cut.png": (data[: len(data) // 2], caption, "damaged"),
+        "page.jpg": (b"<html>404 not found</html>", caption, "not_a_picture"),
+        "small.png": (encoded(picture.resize((8, 8)), "PNG"), caption, "too_small"),
+        "long.png": (encoded(picture.resize((picture.width * 3, picture.height)), "PNG"), caption, "too_elongated"),
+        "silent.png": (encoded(new, "PNG"), None, "no_caption"),
+        "gbk.png": (encoded(new, "PNG"), "红苹果".encode("gbk"), "undecodable_caption"),
+        "endless.png": (encoded(new, "PNG"), b"x" * MIB, "caption_too_long"),
+        "mislabelled.png": (encoded(new, "JPEG"), caption, None),
+    }
+
+
+def build(raw: Path, folder: Path, name: str) -> tuple[dict, set[str]]:
+    """Run the command; give the report and the keys of what was kept."""
+    recipe = {"sources": [{"name": "emoji", "kind": "folder", "path": str(raw), "records_per_shard": 50}]}
+    recipe |= {"filter": {"min_side": 16, "max_aspect_ratio": 2}, "duplicates": {}}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    command = [sys.executable, "-m", "mars_hf.cli", "data", "build", folder / f"{name}.yaml", "--out", folder / name]
+    subprocess.run([*command, "--workers", str(WORKERS)], check=True)
+    report = json.loads((folder / name / "report.json").read_text(encoding="utf-8"))
+    keys = pq.read_table(folder / name / "data", columns=["key"])["key"].to_pylist()
+    return report, set(keys)
+
+
+def look_for_planted(options: argparse.Namespace) -> None:
+    """Build without and with planted files; all that differs must be what was planted."""
+    raw = options.folder / "raw"
+    raw.mkdir()
+    rows = load_dataset(str(options.plant), split="train").cast_column("image", ImageFeature(decode=False))
+    rows = rows.select(range(min(options.records, len(rows))))
+    for number, row in enumerate(rows):
+        (raw / f"{number:05d}.png").write_bytes(row["image"]["bytes"])
+        (raw / f"{number:05d}.txt").write_text(row["caption_en"], encoding="utf-8")
+    before, kept = build(raw, options.folder, "without")
+    files = planted((raw / min(kept).removeprefix("emoji/")).read_bytes())
+    for name, (data, caption, _) in files.items():
+        (raw / f"planted-{name}").write_bytes(data)
+        if caption is not None:
+            (raw / f"planted-{name}").with_suffix(".txt").write_bytes(caption)
+    after, kept_with = build(raw, options.folder, "with")
+    expected = Counter(reason for *_, reason in files.values() if reason)
+    caught = Counter(after["dropped"]) - Counter(before["dropped"])
+    print("\n| reason | planted | caught |\n|---|---|---|")
+    for reason in sorted(expected | caught):
+        print(f"| {reason} | {expected[reason]} | {caught[reason]} |")
+    good = {f"emoji/planted-{name}" for name, (*_, reason) in files.items() if reason is None}
+    print(f"\nkept: {len(kept)} without, {len(kept_with)} with what was planted, of which {len(good)} were to stay")
+    if caught != expected or kept_with != kept | good:
+        sys.exit(f"not as planted: {sorted(kept_with ^ (kept | good))}")
+
+
 if __name__ == "__main__":
     options = parser.parse_args()
     if options.run in ("bare", "ray"):
@@ -245,6 +335,6 @@ if __name__ == "__main__":
         options.folder = options.folder.absolute()
         options.folder.mkdir(parents=True)  # a folder of one's own: it is removed
         try:
-            compare(options)
+            look_for_planted(options) if options.plant else compare(options)
         finally:
             shutil.rmtree(options.folder)

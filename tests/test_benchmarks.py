@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_examples import write_data
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--layers", "1", "--scale", "8", "--codes", "16", "--batch", "1", "--dtype", "fp32", "--repeats", "2")
@@ -112,6 +113,15 @@ def test_lengths_of_a_file_are_packed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(file.read_text())["packing"]["packing"]["lengths"]
     assert (found["packs"], found["waste"]) == (2, 0.0)  # 60 and 40; 50, 30 and 20
+
+
+def test_files_planted_among_pictures_are_caught_by_the_command_and_nothing_else_is(tmp_path: Path) -> None:
+    write_data(tmp_path / "emoji", 64)
+    command = [sys.executable, ROOT / "benchmarks" / "data.py", "--folder", "work", "--plant", "emoji"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "HF_HOME": "hub"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "| exact_duplicate | 2 | 2 |" in done.stdout and "| too_many_pixels | 1 | 1 |" in done.stdout
+    assert "of which 1 were to stay" in done.stdout and not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize(

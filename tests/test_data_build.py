@@ -1,10 +1,12 @@
 """Construction of training data: every hostile item is caught by its reason, nothing good is lost, runs can resume."""
 
+import base64
 import io
 import itertools
 import json
 import os
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -274,7 +276,7 @@ def test_names_in_archives_are_never_paths_and_broken_archives_are_counted(tmp_p
     ]
     (written,) = (tmp_path / "out" / "data").iterdir()
     with tarfile.open(written) as archive:
-        assert archive.getnames() == [f"{i:010d}.{kind}" for i in range(3) for kind in ("png", "json")]
+        assert archive.getnames() == [f"{i:010d}.{kind}" for i in range(3) for kind in ("jpg", "json")]
     now = {path for path in tmp_path.rglob("*") if tmp_path / "out" not in path.parents}
     assert now - before == {tmp_path / "out"} and not Path("/tmp/evil.png").exists()
 
@@ -294,6 +296,38 @@ def test_the_report_shows_text_of_strangers_as_text(tmp_path: Path, raw: Path) -
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == summary
     ratio = summary["histograms"]["ratio"]
     assert sum(ratio["kept"]) == 6 and sum(ratio["dropped"]) == 1 and ratio["threshold"] == 3
+
+
+def test_the_report_shows_pictures_that_were_kept_and_dropped_and_why(tmp_path: Path, raw: Path) -> None:
+    small, long = smooth_picture(50, (90, 20)), smooth_picture(51, (120, 30))
+    put(raw, "small.png", encoded(small), None)
+    put(raw, "long.png", encoded(long))
+    put(raw, "silent.png", encoded(smooth_picture(52)), None)
+    put(raw, "wordy.png", encoded(smooth_picture(53)), "x" * 40)
+    stages = {"filter": {"min_side": 24, "max_aspect_ratio": 3}, "captions": {"max_characters": 20}}
+    summary = build_dataset(recipe_of(tmp_path / "out", folder_source(raw), **stages), progress=False)
+    assert summary["dropped"] == {"too_small": 1, "too_elongated": 1, "caption_too_long": 1, "no_caption": 1}
+    page = (tmp_path / "out" / "report.html").read_text()
+    sections = {section.partition("<")[0]: section for section in page.split("<h2>")[1:]}
+
+    def shown(title: str) -> list[np.ndarray]:
+        files = re.findall(r'src="data:image/png;base64,([^"]+)"', sections[title])
+        return [np.asarray(Image.open(io.BytesIO(base64.b64decode(file)))) for file in files]
+
+    expected = {"Kept": [smooth_picture(seed) for seed in range(5)], "Dropped: too_small": [small]}
+    expected |= {"Dropped: too_elongated": [long], "Dropped: no_caption": [smooth_picture(52)]}
+    for title, originals in expected.items():
+        assert all(np.array_equal(*pair) for pair in zip(shown(title), originals, strict=True))
+    assert "raw/0.png" in sections["Kept"] and "picture 0" in sections["Kept"]
+    assert "long.png" in sections["Dropped: too_elongated"] and "120 x 30" in sections["Dropped: too_elongated"]
+    assert "40 characters" in sections["Dropped: caption_too_long"]
+
+    side, ratio, caption = (summary["histograms"][name] for name in ("side", "ratio", "caption"))
+    assert (sum(side["kept"]), sum(side["dropped"])) == (8, 1)
+    assert (sum(ratio["kept"]), sum(ratio["dropped"])) == (7, 1)
+    assert (sum(caption["kept"]), sum(caption["dropped"])) == (5, 2)
+    below = [edge < 24 for edge in side["edges"][1:-1]]
+    assert not any(count for count, is_below in zip(side["kept"], below, strict=False) if is_below)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -397,11 +431,12 @@ def test_the_output_is_a_data_set_that_can_be_built_from_again(tmp_path: Path, r
         recipe_of(tmp_path / "out", folder_source(raw), write={"format": form, "records_per_shard": 2}), progress=False
     )
     rows = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
-    pictures_of_rows = rows["image"] if form == "parquet" else rows["png"]
+    pictures_of_rows = rows["image"] if form == "parquet" else rows["jpg"]
     facts = list(rows) if form == "parquet" else rows["json"]
+    nothing = None if form == "parquet" else ""
     for seed, (picture, fact) in enumerate(zip(pictures_of_rows, facts, strict=True)):
         assert (np.asarray(picture) == np.asarray(smooth_picture(seed))).all()
-        assert (fact["key"], fact["caption_en"], fact["caption_zh"]) == (f"raw/{seed}.png", f"picture {seed}", None)
+        assert (fact["key"], fact["caption_en"], fact["caption_zh"]) == (f"raw/{seed}.png", f"picture {seed}", nothing)
         assert (fact["height"], fact["width"], fact["source"]) == (64, 96, "raw")
 
     if form == "parquet":
@@ -412,6 +447,35 @@ def test_the_output_is_a_data_set_that_can_be_built_from_again(tmp_path: Path, r
     first, second = records_of(tmp_path / "out"), records_of(tmp_path / "again")
     assert [r["image"] for r in first] == [r["image"] for r in second]
     assert [r["caption_en"] for r in first] == [r["caption_en"] for r in second]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", ["parquet", "webdataset"])
+def test_both_formats_open_as_the_records_that_were_built(
+    tmp_path: Path, raw: Path, form: str, streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    from mars_hf.data.records import open_record_picture, open_records, validate_records
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    put(raw, "7.jpg", encoded(smooth_picture(7), "JPEG"), "picture 7")  # kept as it is among PNG files
+    put(raw, "8.png", encoded(smooth_picture(8)), None)
+    (raw / "8.json").write_text(
+        json.dumps({"zh": "图片八"})
+    )  # the only one in Chinese, behind those that types are learnt of
+    write = {"format": form, "records_per_shard": 6}
+    source = folder_source(raw, caption_en="txt", caption_zh="zh")
+    build_dataset(recipe_of(tmp_path / "out", source, write=write), progress=False)
+    records, bad = validate_records(open_records(tmp_path / "out", streaming=streaming), progress=False)
+    records, built = list(records), records_of(tmp_path / "out")
+    assert len(records) == 7 and not bad.reasons
+    for record, expected in zip(records, built, strict=True):
+        assert all((record[name] or None) == (expected[name] or None) for name in expected.keys() - {"image"})
+        shown = [open_record_picture(image).convert("RGB") for image in (record["image"], expected["image"])]
+        assert np.array_equal(*shown)
+    assert [open_record_picture(record["image"]).format for record in records] == ["PNG"] * 5 + ["JPEG", "PNG"]
+    assert records[-1]["caption_zh"] == "图片八"
 
 
 def test_a_row_cannot_make_the_reader_open_files_of_this_machine(tmp_path: Path) -> None:
@@ -446,6 +510,65 @@ def test_rows_of_other_files_keep_their_names_and_one_bad_text_spoils_no_other(t
     assert summary["dropped"] == {"unreadable_shard": 1, "undecodable_caption": 2}
     found = [(record["key"], record["caption_en"]) for record in records_of(tmp_path / "out")]
     assert found == [("x/a/part/0", "fine"), ("x/a/part/2", "好"), ("x/b/part/0", "fine"), ("x/b/part/2", "好")]
+
+
+def test_a_stretch_of_a_parquet_file_that_unpacks_to_much_is_never_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    good = [encoded(smooth_picture(seed)) for seed in range(2)]
+    noise = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (240, 256, 3), np.uint8)))  # 180 kB
+    groups = [good[:1], [bytes(200_000)] * 3, [noise] * 2, good[1:]]
+    (tmp_path / "raw").mkdir()
+    schema = pa.schema({"image": pa.binary(), "caption": pa.string()})
+    with pq.ParquetWriter(tmp_path / "raw" / "0.parquet", schema, compression="zstd", use_dictionary=False) as writer:
+        for cells in groups:
+            writer.write_table(pa.table({"image": cells, "caption": ["a caption"] * len(cells)}, schema))
+    read: list[tuple[int, list[int]]] = []
+    iterate = pq.ParquetFile.iter_batches
+
+    def watched(self: pq.ParquetFile, *sizes: int, **settings: Any) -> Any:
+        read.extend((size, settings["row_groups"]) for size in sizes if "row_groups" in settings)
+        return iterate(self, *sizes, **settings)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", watched)
+    source = {"name": "x", "kind": "parquet", "path": str(tmp_path / "raw" / "*.parquet")}
+    decode = {"max_file_bytes": 250_000}
+    summary = build_dataset(recipe_of(tmp_path / "out", source, decode=decode), progress=False)
+    assert summary["dropped"] == {"file_too_large": 1}
+    assert [record["key"] for record in records_of(tmp_path / "out")] == ["x/0/0", "x/0/4", "x/0/5", "x/0/6"]
+    assert {tuple(groups) for _, groups in read} == {(0,), (2,), (3,)}
+    assert {size for size, groups in read if groups == [2]} == {1}  # two of them would be more than one file may hold
+
+
+def test_files_of_a_sample_are_together_no_larger_than_one_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture, held = encoded(smooth_picture(0)), []
+    junk = [(f"0.junk{i}", bytes(40_000)) for i in range(120)]
+    tar_of(tmp_path / "shards" / "0.tar", [*junk, ("0.png", picture), ("1.png", picture), ("1.txt", b"a caption")])
+    of_group = readers._item_of_group
+    monkeypatch.setattr(readers, "_item_of_group", lambda *given: (held.append(given[2]), of_group(*given))[1])
+    recipe = recipe_of(tmp_path / "out", tar_source(tmp_path / "shards" / "*.tar"), decode={"max_file_bytes": 100_000})
+    summary = build_dataset(recipe, progress=False)
+    assert summary["kept"] == 1 and sum(summary["dropped"].values()) == 1
+    assert max(sum(len(data or b"") for data in group.values()) for group in held) == 80_000
+    assert max(map(len, held)) == readers.MAX_FILES
+
+
+def test_captions_with_an_extension_of_their_own_are_no_pictures(tmp_path: Path) -> None:
+    for seed in range(2):
+        put(tmp_path / "raw", f"{seed}.png", encoded(smooth_picture(seed)), None)
+        (tmp_path / "raw" / f"{seed}.caption").write_text(f"picture {seed}")
+        (tmp_path / "raw" / f"{seed}.zh.txt").write_text(f"图片 {seed}")
+    (tmp_path / "raw" / "alone.caption").write_text("a text without its picture")
+    source = folder_source(tmp_path / "raw", caption_en="caption", caption_zh="zh.txt")
+    summary = build_dataset(recipe_of(tmp_path / "out", source), progress=False)
+    assert summary["dropped"] == {"not_a_picture": 1}
+    found = [(record["caption_en"], record["caption_zh"]) for record in records_of(tmp_path / "out")]
+    assert found == [("picture 0", "图片 0"), ("picture 1", "图片 1")]
 
 
 # Resuming
@@ -501,6 +624,42 @@ def test_a_folder_with_another_build_or_other_files_is_left_alone(tmp_path: Path
     assert bytes_of(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("name", ["0.png", "0.txt"])
+def test_a_picture_or_a_text_that_was_replaced_is_noticed(tmp_path: Path, raw: Path, name: str) -> None:
+    recipe = recipe_of(tmp_path / "out", folder_source(raw))
+    build_dataset(recipe, progress=False)
+    os.utime(raw / name, (1, 1))  # by an older file of the same size
+    with pytest.raises(ValueError, match="input has changed"):
+        build_dataset(recipe, progress=False)
+
+
+def test_a_second_build_in_a_folder_is_refused_and_disturbs_nothing(tmp_path: Path, raw: Path) -> None:
+    from filelock import FileLock
+
+    recipe = recipe_of(tmp_path / "out", folder_source(raw))
+    build_dataset(recipe, progress=False)
+    half = tmp_path / "out" / "data" / ".train-00000.parquet.1.part"
+    half.touch()
+    with FileLock(tmp_path / "out" / pipeline.WORK / "lock"):
+        with pytest.raises(ValueError, match="Another build is at work.*choose another folder"):
+            build_dataset(recipe, progress=False)
+        assert half.exists()
+    build_dataset(recipe, progress=False)
+    assert not half.exists()
+
+
+def test_a_task_that_is_tried_again_reads_nothing_of_what_is_written(tmp_path: Path, raw: Path) -> None:
+    recipe = recipe_of(tmp_path / "out", folder_source(raw))
+    build_dataset(recipe, progress=False)
+    (manifest,) = (json.loads(path.read_text()) for path in (tmp_path / "out" / "manifests").iterdir())
+    output = pipeline.Output([manifest["file"]], tmp_path / "out" / "data", tmp_path / "out" / "manifests")
+    again = {"index": 0, "plan": manifest["plan"], "parts": "would not be read"}
+    assert list(pipeline.collect_records(again, recipe, output)) == []
+    (tmp_path / "out" / "data" / manifest["file"]).write_bytes(b"cut off")
+    with pytest.raises(json.JSONDecodeError):
+        list(pipeline.collect_records(again, recipe, output))
+
+
 def test_a_build_of_which_nothing_is_left_says_so_and_why(tmp_path: Path, raw: Path) -> None:
     with pytest.raises(ValueError, match="Nothing is left of 5 items"):
         build_dataset(recipe_of(tmp_path / "out", folder_source(raw), filter={"min_side": 999}), progress=False)
@@ -550,6 +709,7 @@ SOURCES = [{"name": "raw", "kind": "folder", "path": "raw"}]
         ({"resize": {"shortest_edge": 250}}, "multiple of `multiple_of`, got 250, 16"),
         ({"decode": {"refuse": ["ugly"]}}, "knows animated, cmyk.*got ugly"),
         ({"write": {"format": "csv"}}, "parquet or webdataset, got 'csv'"),
+        ({"engine": {"gpus_per_worker": -1}}, "`gpus_per_worker` must be 0 or more, got -1"),
         ({"resolution_text": "yes"}, "of type bool, got 'yes'"),
     ],
 )

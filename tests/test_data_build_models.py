@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,19 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_data_build import encoded, folder_source, put, recipe_of, records_of, smooth_picture
 from tokenizers import pre_tokenizers
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, LlavaForConditionalGeneration
 
 from mars_hf import MarsForConditionalGeneration
 from mars_hf.data.build import models
+from mars_hf.data.build.engine import connected, run
 from mars_hf.data.build.models import load_head, load_vqgan
 from mars_hf.data.build.pipeline import build_dataset
+from mars_hf.data.build.recipe import Engine, load_recipe
+from mars_hf.data.records import RecordRules, open_records, validate_records
+from mars_hf.training.collation import AlignedCollator
+from mars_hf.training.mixture import MixtureDataset, Source
+from mars_hf.training.recipe import Recipe as TrainingRecipe
+from mars_hf.training.run import build_source
 
 NUM = 7
 BATCH = {"batch_size": 3}
@@ -214,6 +222,96 @@ def test_only_the_vqgan_of_a_mars_is_loaded(mars_folder: Path, monkeypatch: pyte
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in vqgan.state_dict().items())
 
 
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("keep_images", [True, False])
+@pytest.mark.parametrize("form", ["parquet", "webdataset"])
+def test_what_was_built_becomes_a_batch_of_training(
+    tmp_path: Path, raw: Path, mars_folder: Path, tiny_model, tiny_processor, cache, form: str, keep_images: bool
+) -> None:
+    put(raw, "8.jpg", encoded(smooth_picture(8, (24, 24)), "JPEG"), "a JPEG that has its size already")
+    stages = {"resize": {"shortest_edge": 24, "multiple_of": 4}, "write": {"format": form, "records_per_shard": 5}}
+    codes = {"model": str(mars_folder), "keep_images": keep_images, **BATCH}
+    build_dataset(recipe_of(tmp_path / "out", folder_source(raw), codes=codes, **stages), progress=False)
+    rules = RecordRules(codebook_size=tiny_model.config.codebook_size, downsample_factor=4)
+    records, bad = validate_records(open_records(tmp_path / "out", vqgan=tiny_model.vqgan), rules, progress=False)
+    assert len(records) == NUM + 1 and not bad.reasons
+    assert set(records["key"]) == {*(f"raw/{seed}.png" for seed in range(NUM)), "raw/8.jpg"}
+    assert ("image" in records.column_names) is keep_images
+
+    source = Source("text-to-image", 1.0, records, lambda record, rng: record["caption_en"], drop_caption=0.0)
+    data = MixtureDataset(tiny_processor, [source], batch_size=4, num_batches=2)
+    for start in (0, 4):
+        batch = AlignedCollator(tiny_model.config, 256)([data[start + place] for place in range(4)])
+        labels = batch["shift_labels"]
+        for place in range(4):
+            expected = data.record_of(start + place)["image_codes"]
+            assert (labels[place][labels[place] != -100] - tiny_model.config.image_token_offset).tolist() == expected
+
+
+def test_codes_of_another_tokenizer_are_refused_and_so_is_one_that_changed_meanwhile(
+    tmp_path: Path, raw: Path, mars_folder: Path, tiny_model, make_vqgan, cache
+) -> None:
+    stages = {"resize": {"shortest_edge": 24, "multiple_of": 4}, "codes": {"model": str(mars_folder), **BATCH}}
+    recipe = recipe_of(tmp_path / "out", folder_source(raw), **stages)
+    build_dataset(recipe, progress=False)
+    with pytest.raises(ValueError, match="made by the image tokenizer"):
+        open_records(tmp_path / "out", vqgan=make_vqgan())
+    codes_file = tmp_path / "out" / "codes.json"
+    whole = codes_file.read_text()
+    codes_file.write_text(whole.replace('"complete": true', '"complete": false'))
+    with pytest.raises(ValueError, match="not complete.*mars-hf data build"):
+        open_records(tmp_path / "out")
+    build_dataset(recipe, progress=False)
+    assert codes_file.read_text() == whole
+
+    tiny_model.vqgan = make_vqgan()
+    tiny_model.save_pretrained(mars_folder)
+    with pytest.raises(ValueError, match="one of its models has changed since"):
+        build_dataset(recipe, progress=False)
+
+
+def test_what_the_papers_recipe_builds_is_what_its_second_stage_reads(
+    tmp_path: Path, raw: Path, clip_folder: Path, head_file: Path, true_scores: dict[str, np.ndarray],
+    mars_folder: Path, tiny_model, cache, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from safetensors.torch import load_file
+
+    paper, (part,) = load_recipe("paper", "out"), TrainingRecipe.load("paper/stage2").data
+    assert part.min_score == paper.select.aesthetic_minimum
+    head = load_file(head_file)
+    head["layers.10.bias"] += part.min_score - float(np.median(true_scores["score_aesthetic"]))  # half of them pass
+    save_file(head, head_file)
+    answer = lambda self, pictures, prompt: [f"{prompt[:9]} {i}" for i in range(len(pictures))]  # noqa: E731
+    monkeypatch.setattr(models.Captioner, "__call__", answer)
+    recipe = recipe_of(
+        tmp_path / "out", folder_source(raw), **scoring(clip_folder, head_file),
+        recaption={"model": str(mars_folder), "prompts": paper.recaption.prompts}, resolution_text=True,
+        resize={"shortest_edge": 24, "multiple_of": 4},
+        codes={"model": str(mars_folder), **BATCH},
+    )  # fmt: skip
+    build_dataset(recipe, progress=False)
+    built = records_of(tmp_path / "out")
+    good = {record["key"]: record for record in built if record["score_aesthetic"] >= 5}
+    assert 0 < len(good) < NUM
+
+    part.source = str(tmp_path / "out")
+    source = build_source(part, tiny_model)
+    assert {record["key"] for record in source.records} == good.keys()
+    captions: list[list[str]] = [[], []]
+    for record, seed in itertools.product(source.records, range(40)):
+        caption, expected = source.write_caption(record, random.Random(seed)), good[record["key"]]
+        fine = {expected["fine_caption_en"], expected["fine_caption_zh"]}
+        assert caption in fine | {expected["caption_en"]}
+        captions[caption in fine].append(caption)
+    assert len(captions[1]) > 4 * len(captions[0]) > 0  # nine of ten
+
+
 def test_codes_that_do_not_fit_the_size_of_pictures_are_refused_before_any_work(
     tmp_path: Path, raw: Path, mars_folder: Path
 ) -> None:
@@ -233,7 +331,6 @@ def llava_folder(tmp_path: Path) -> Path:
         CLIPImageProcessor,
         CLIPVisionConfig,
         LlavaConfig,
-        LlavaForConditionalGeneration,
         LlavaProcessor,
         Qwen2Config,
         Qwen2Tokenizer,
@@ -285,10 +382,9 @@ def test_new_captions_are_what_the_stock_pipeline_says_of_each_picture_alone(
                 text=[{"role": "user", "content": content}], return_full_text=False,
                 generate_kwargs={"max_new_tokens": 12, "do_sample": False},
             )[0]["generated_text"]  # fmt: skip
-            original = record[f"original_caption_{language}"]
-            assert record[f"caption_{language}"] == (models.clean_text(said)[0] or original)
+            assert record[f"fine_caption_{language}"] == (models.clean_text(said)[0] or None)
             answers.add(said)
-        assert record["original_caption_en"].endswith("a picture") and record["original_caption_zh"] is None
+        assert record["caption_en"].endswith("a picture") and record["caption_zh"] is None
     assert len(answers) > 1
 
 
@@ -301,17 +397,28 @@ def test_a_record_about_which_the_captioner_says_nothing_keeps_its_caption_or_is
     recipe = recipe_of(tmp_path / "out", folder_source(raw), recaption=settings, captions={"required": False})
     summary = build_dataset(recipe, progress=False)
     assert summary["dropped"] == {"no_caption": 1} and summary["kept"] == NUM - 1
-    assert all(r["caption_en"] == r["original_caption_en"] for r in records_of(tmp_path / "out"))
+    assert all(r["caption_en"] and r["fine_caption_en"] is None for r in records_of(tmp_path / "out"))
 
 
-def test_a_model_without_chat_template_is_refused_before_any_work(
+def test_a_model_without_chat_template_is_given_the_prompt_as_it_is(
     tmp_path: Path, raw: Path, llava_folder: Path
 ) -> None:
     (llava_folder / "chat_template.jinja").unlink()
-    settings = {"model": str(llava_folder), "prompts": {"en": "?"}}
-    with pytest.raises(ValueError, match="has no chat template"):
-        build_dataset(recipe_of(tmp_path / "out", folder_source(raw), recaption=settings), progress=False)
-    assert not (tmp_path / "out").exists()
+    prompt = "<image>What is to be seen? Answer:"
+    settings = {"model": str(llava_folder), "prompts": {"en": prompt}, "max_new_tokens": 12, **BATCH}
+    build_dataset(recipe_of(tmp_path / "out", folder_source(raw), recaption=settings), progress=False)
+    model, processor = (
+        LlavaForConditionalGeneration.from_pretrained(llava_folder),
+        AutoProcessor.from_pretrained(llava_folder),
+    )
+    answers = set()
+    for record, picture in itertools.islice(zip(records_of(tmp_path / "out"), source_pictures(raw), strict=True), 3):
+        inputs = processor(images=picture, text=prompt, return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        said = processor.decode(ids, skip_special_tokens=True)
+        assert record["fine_caption_en"] == (models.clean_text(said)[0] or None)
+        answers.add(said)
+    assert len(answers) > 1
 
 
 # On Ray
@@ -372,9 +479,28 @@ def test_one_worker_two_workers_and_actors_on_ray_give_the_bytes_of_this_process
 def test_a_failing_worker_ends_the_build_with_its_reason(
     tmp_path: Path, raw: Path, mars_folder: Path, ray_cluster
 ) -> None:
-    stages = {"resize": {"shortest_edge": 24, "multiple_of": 4}, "codes": {"model": str(mars_folder)}}
-    recipe = recipe_of(tmp_path / "out", folder_source(raw), **stages)
+    recaption = {"model": str(mars_folder), "prompts": {"en": "What?"}}
+    recipe = recipe_of(tmp_path / "out", folder_source(raw), recaption=recaption)
     recipe.engine.workers = 2
     (mars_folder / "model.safetensors").write_bytes(b"no weights")  # its configuration is fine: a worker finds out
-    with pytest.raises(RuntimeError, match="A worker failed: ValueError: .*model.safetensors"):
+    with pytest.raises(RuntimeError, match="A worker failed: "):
         build_dataset(recipe, progress=False)
+
+
+@pytest.mark.integration
+def test_rows_that_share_a_task_all_go_through_all_steps(ray_cluster) -> None:
+    def twice(row: dict[str, Any]):
+        yield from ({"n": 2 * row["n"]}, {"n": 2 * row["n"] + 1})
+
+    def odd(row: dict[str, Any]):
+        yield from [row] if row["n"] % 2 else []
+
+    found = run([{"n": n} for n in range(40)], [twice, odd, twice], Engine(workers=2), rows_per_task=16)
+    assert sorted(row["n"] for row in found) == [n for n in range(160) if n % 4 > 1]
+
+
+@pytest.mark.integration
+def test_more_gpus_than_there_are_are_refused_instead_of_waited_for(ray_cluster) -> None:
+    with pytest.raises(ValueError, match="`engine.gpus_per_worker` is 2, but Ray has 1 GPUs here"):
+        with connected(Engine(workers=2, gpus_per_worker=2)):
+            pass

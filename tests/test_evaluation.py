@@ -20,7 +20,7 @@ from mars_hf import DEFAULT_CHECKPOINT
 from mars_hf.cli import app
 from mars_hf.evaluation.config import RunConfig, load_config
 from mars_hf.evaluation.drawing import Drawer, References
-from mars_hf.evaluation.evaluate import evaluate
+from mars_hf.evaluation.evaluate import Evaluation, evaluate
 from mars_hf.evaluation.pictures import PictureFolder, Task, picture_seed
 from mars_hf.evaluation.prompts import CocoPrompts, EmojiPrompts, JsonlPrompts, Prompt, PromptSet
 from mars_hf.evaluation.provenance import fingerprint
@@ -116,11 +116,14 @@ def test_an_interrupted_run_draws_only_what_is_missing(tmp_path: Path) -> None:
 
 def test_a_folder_with_other_pictures_is_refused_and_a_damaged_picture_is_named(tmp_path: Path) -> None:
     folder = PictureFolder(tmp_path / "run", prompt_set(2), 1, seed=0, shard_size=2)
-    folder.settle({"top_k": 5}, {})
+    folder.settle({"top_k": 4}, {})
+    folder.settle({"top_k": 5}, {})  # corrected before there is a picture
+    folder.shard(0).mkdir()
     with pytest.raises(ValueError, match="drawn with top_k = 5, but now it is 6"):
         folder.settle({"top_k": 6}, {})
     with pytest.raises(ValueError, match="drawn with num_prompts = 2, but now it is 3"):
         PictureFolder(tmp_path / "run", prompt_set(3), 1, seed=0, shard_size=2).settle({"top_k": 5}, {})
+    folder.shard(0).rmdir()
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "letter.txt").touch()
     with pytest.raises(ValueError, match="holds no pictures of an evaluation"):
@@ -129,6 +132,19 @@ def test_a_folder_with_other_pictures_is_refused_and_a_damaged_picture_is_named(
     (folder.shard(0) / "000001-0.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="000001-0.png cannot be read.*Remove the folder"):
         folder.measure("name", lambda p, t: torch.zeros(len(t)), process(), 2, progress=False)
+
+
+def test_other_versions_are_refused_only_where_pictures_are_missing(tmp_path: Path) -> None:
+    folder = PictureFolder(tmp_path, prompt_set(4), 1, seed=0, shard_size=2)
+    folder.settle({"versions": {"torch": "1"}}, {})
+    folder.draw(lambda tasks: [Image.new("RGB", (4, 4)) for _ in tasks], process(0, 2), 2, progress=False)
+    with pytest.raises(ValueError, match="drawn with versions"):
+        folder.settle({"versions": {"torch": "2"}}, {})
+    folder.draw(lambda tasks: [Image.new("RGB", (4, 4)) for _ in tasks], process(1, 2), 2, progress=False)
+    folder.settle({"versions": {"torch": "2"}}, {})
+    assert json.loads((tmp_path / "settings.json").read_text())["decided_by"]["versions"] == {"torch": "1"}
+    with pytest.raises(ValueError, match="drawn with top_k = None, but now it is 6"):
+        folder.settle({"versions": {"torch": "2"}, "top_k": 6}, {})
 
 
 @pytest.mark.parametrize(
@@ -158,9 +174,14 @@ def test_a_checkpoints_hash_follows_its_contents(tmp_path: Path) -> None:
     (tmp_path / "training.log").write_bytes(b"one")
     before = fingerprint(tmp_path)
     (tmp_path / "training.log").write_bytes(b"two")
+    (tmp_path / "training_args.bin").write_bytes(b"another run, the same weights")
     assert fingerprint(tmp_path) == before
     (tmp_path / "model.safetensors").write_bytes(b"other")
     assert fingerprint(tmp_path) != before
+    for name in ("pytorch_model.bin", "weights.pt", "weights.pth"):
+        before = fingerprint(tmp_path)
+        (tmp_path / name).write_bytes(b"weights in the format of PyTorch")
+        assert fingerprint(tmp_path) != before
 
 
 # Prompts
@@ -260,6 +281,11 @@ def test_the_packages_configurations_load(name: str, kind: type | None) -> None:
         ("drawing.height=0", "`height` must be 1 or more, got 0"),
         ("runs.references={}", "cannot be named 'references'"),
         ("runs.guidance-1.temperature=0", "`temperature` must be above 0"),
+        ("runs.guidance-1.top_p=0", "`top_p` must be above 0 and at most 1, got 0"),
+        ("runs.guidance-1.min_p=2", "`min_p` must be 0 to 1, got 2"),
+        ("runs.guidance-1.top_k=-1", "`top_k` must be 1 or more, or 0 for all codes, got -1"),
+        ("runs.guidance-1.guidance_interval=[0.5, 0.2]", r"two shares of a picture.*got \[0.5, 0.2\]"),
+        ("runs.guidance-1.guidance_interval=[0.5]", r"two shares of a picture.*got \[0.5\]"),
         ("metrics.frechet.vision=x", "needs one of `clip`, `vision` and `inception`"),
         ("metrics=3", "expected a mapping of clip_score"),
         ("interval.confidence=95", "between 0 and 1, got 95"),
@@ -339,6 +365,40 @@ def test_an_evaluation_that_is_called_again_draws_nothing_and_finds_the_same(set
     assert run(setting)["scores"] == first["scores"]
     with pytest.raises(ValueError, match="drawn with top_k = 50, but now it is 3"):
         run(setting, runs={"plain": {"do_sample": True, "top_k": 3}, "many": setting["runs"]["many"]})
+
+
+@pytest.mark.parametrize(
+    ("groups", "metric", "message"),
+    [
+        (["four"] * 4 + ["three"] * 3, "frechet", "compares 4 features.*more than 4 prompts.*'three' has 3"),
+        (["one"] + ["many"] * 6, "retrieval", "two or more different prompts in each group, but 'one' has one"),
+    ],
+)
+def test_groups_that_are_too_small_are_refused_before_anything_is_drawn(
+    setting, monkeypatch, groups, metric, message
+) -> None:
+    rows = [json.loads(line) for line in Path("prompts.jsonl").read_text().splitlines()]
+    lines = [json.dumps({**row, "group": group}) for row, group in zip(rows, groups, strict=True)]
+    Path("prompts.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(Drawer, "__call__", None)
+    with pytest.raises(ValueError, match=message):
+        run(setting, metrics={metric: setting["metrics"]["retrieval"]})
+    assert not Path("out").exists()
+
+
+def test_the_first_process_writes_settings_and_others_wait_for_them(setting, monkeypatch) -> None:
+    done: list[str] = []
+    settle = PictureFolder.settle
+    monkeypatch.setattr(PictureFolder, "settle", lambda self, *given: (done.append("settle"), settle(self, *given)))
+    monkeypatch.setattr(PictureFolder, "draw", lambda *given: done.append("draw"))
+    Path("config.yaml").write_text(yaml.safe_dump(setting))
+    three = ["settle"] * 3  # two runs and the true pictures
+    for index, before in ((0, [*three, "wait", "wait"]), (1, ["wait", *three, "wait"])):
+        shared = process(index, 2)
+        shared.wait_for_everyone = lambda: done.append("wait")
+        Evaluation(load_config("config.yaml"), shared, progress=False).draw()
+        assert done == [*before, "draw", "draw", "draw"]
+        done.clear()
 
 
 def test_swapped_prompts_are_seen_by_a_judge_that_sees_colours(setting, monkeypatch) -> None:

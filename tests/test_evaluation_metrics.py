@@ -62,6 +62,20 @@ def test_identical_sets_have_no_frechet_distance_and_noise_raises_it() -> None:
     assert distances[0] < distances[1] < distances[2] < distances[3]
 
 
+def test_noise_on_pictures_raises_the_frechet_distance_of_their_features(tmp_path: Path) -> None:
+    encoder, rng = ClipEncoder(save_clip(tmp_path)), np.random.default_rng(0)
+    blobs = [Image.fromarray(rng.integers(0, 256, (3, 3, 3), np.uint8)).resize((16, 16), 3) for _ in range(64)]
+    grain = rng.normal(size=(64, 16, 16, 3))
+    true = encoder.images(blobs)
+    distances = []
+    for strength in (0, 20, 60, 120):
+        noisy = [np.asarray(blob) + strength * one for blob, one in zip(blobs, grain, strict=True)]
+        drawn = encoder.images([Image.fromarray(one.clip(0, 255).astype(np.uint8)) for one in noisy])
+        distances.append(frechet_distance(drawn, true))
+    assert abs(distances[0]) < 1e-6 * true.var()
+    assert distances[0] < distances[1] < distances[2] < distances[3]
+
+
 @pytest.mark.parametrize("drawn, true", [(1, 60), (6, 60), (60, 6)])
 def test_too_few_pictures_for_a_covariance_are_refused(drawn: int, true: int) -> None:
     with pytest.raises(ValueError, match=f"more than 6 (drawn|true) pictures, got {min(drawn, true)}"):

@@ -506,13 +506,13 @@ def open_records(
     Open records from any source of `datasets`. Pictures come as `{"bytes", "path"}`: see [`open_record_picture`].
 
     Columns bear the names of [`Record`]. If there is one column of pictures it becomes `image` by itself, and in a
-    WebDataset `__key__` becomes `key` and `txt` becomes `caption`. For more than new names, open and `map` the data
-    with `datasets` and give the result as `source`.
+    WebDataset `__key__` becomes `key`, `txt` becomes `caption`, and what `json` holds become columns. For more than
+    new names, open and `map` the data with `datasets` and give the result as `source`.
 
     Args:
         source (`str`, `Path`, a list of them, or a data set):
-            A name on the Hub; a folder with pictures, parquet files or tar shards, or one that `save_to_disk` or
-            `mars-hf data encode` wrote; files (`"shards/*.tar"`); or a data set of `datasets`.
+            A name on the Hub; a folder with pictures, parquet files or tar shards, or one that `save_to_disk`,
+            `mars-hf data encode` or `mars-hf data build` wrote; files (`"shards/*.tar"`); or a data set of `datasets`.
         split (`str`, defaults to `"train"`): Which split. Files named one by one, or a single data set, are all of it.
         streaming (`bool`, defaults to `False`): Read on the way instead of preparing all first.
         columns (`dict[str, str]`, *optional*): Their names to ours, e.g. `{"text": "caption_en"}`.
@@ -529,8 +529,8 @@ def open_records(
     if dataset.features is None:  # of streamed lines of JSON nothing is known in advance
         dataset = dataset.cast(Dataset.from_list(list(dataset.take(FEW_RECORDS))).features)
     if isinstance(dataset, IterableDataset):
-        return _with_our_names(undecoded(dataset), columns or {})  # in this order: renaming would decode
-    dataset = _with_our_names(dataset, columns or {})
+        return _with_our_names(_unpacked(undecoded(dataset)), columns or {})  # in this order: renaming would decode
+    dataset = _with_our_names(_unpacked(dataset), columns or {})
     for name, feature in dataset.features.items():
         dataset = dataset.cast_column(name, ImageFeature(decode=False)) if _is_picture(feature) else dataset
     return dataset
@@ -614,7 +614,7 @@ def _data_in(folder: Path) -> list[Path]:
 
 
 def _shards_of(folder: Path, split: str) -> list[Path]:
-    return sorted(folder.glob(f"data/{split}-*.parquet"))
+    return sorted(path for path in folder.glob(f"data/{split}-*") if path.suffix in BUILDERS)
 
 
 def _code_files(folder: Path, split: str, vqgan: "VQModel | None") -> list[str]:
@@ -622,7 +622,7 @@ def _code_files(folder: Path, split: str, vqgan: "VQModel | None") -> list[str]:
     if not manifest["splits"].get(split, {}).get("complete"):
         raise ValueError(
             f"The codes of split {split!r} in {folder} are not complete. Run again what writes them, such as "
-            "`mars-hf data encode`: it continues."
+            "`mars-hf data encode` or `mars-hf data build`: it continues."
         )
     made_by = manifest["tokenizer"]["fingerprint"]
     if vqgan is not None and (own := tokenizer_fingerprint(vqgan)) != made_by:
@@ -631,6 +631,26 @@ def _code_files(folder: Path, split: str, vqgan: "VQModel | None") -> list[str]:
             "pictures again with `mars-hf data encode` and this model."
         )
     return [str(path) for path in _shards_of(folder, split)]
+
+
+def _unpacked(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """Make columns of what a WebDataset's `json` holds; a file of the same name goes before it."""
+    features, fields = dataset.features, dataset.features.get("json")
+    if "__key__" not in features or not isinstance(fields, dict):
+        return dataset
+    taken = {*features, "caption"} if "txt" in features else {*features}
+    own = {name: feature for name, feature in fields.items() if name not in taken}
+    if isinstance(dataset, IterableDataset):
+        others = {name: feature for name, feature in features.items() if name != "json"}
+        unpack = partial(_unpack, names=list(own))
+        return dataset.map(unpack, remove_columns=["json"], features=Features({**others, **own}))
+    flat = dataset.flatten(max_depth=2)  # of that column alone: no picture is copied
+    flat = flat.remove_columns([f"json.{name}" for name in fields if name not in own])
+    return flat.rename_columns({f"json.{name}": name for name in own})
+
+
+def _unpack(record: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    return {name: (record["json"] or {}).get(name) for name in names}
 
 
 def _with_our_names(dataset: Dataset | IterableDataset, columns: Mapping[str, str]) -> Dataset | IterableDataset:

@@ -94,6 +94,18 @@ class RunConfig:
             raise ValueError(
                 f"`temperature` must be above 0, got {self.temperature}. `do_sample: false` takes the likeliest codes."
             )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` must be above 0 and at most 1, got {self.top_p}.")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"`min_p` must be 0 to 1, got {self.min_p}.")
+        if self.top_k is not None and self.top_k < 0:
+            raise ValueError(f"`top_k` must be 1 or more, or 0 for all codes, got {self.top_k}.")
+        if (interval := self.guidance_interval) is not None and not (
+            len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1
+        ):
+            raise ValueError(
+                f"`guidance_interval` must be two shares of a picture, 0 <= start <= end <= 1, got {interval}."
+            )
 
 
 @strict

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm.auto import tqdm
 
 from .. import MarsForConditionalGeneration, MarsProcessor
@@ -88,6 +89,7 @@ class Evaluation:
         self.prompts = config.prompts.load()
         self.notes: list[str] = []
         self._load_evaluators()
+        self._check_groups()
         self.checkpoint = checkpoint_folder(config.model)
         self.checkpoint_sha256 = fingerprint(self.checkpoint)
         dtype = self._dtype(config.dtype)
@@ -135,6 +137,24 @@ class Evaluation:
         if metrics.best_of is not None and max(self._counts().values()) < 2:
             raise ValueError("`metrics.best_of` needs a run with `pictures_per_prompt` of 2 or more.")
 
+    def _check_groups(self) -> None:
+        """Refuse groups that are too small for what is measured of them."""
+        groups = self.prompts.groups()
+        if self.extractor is not None:
+            size = (self.config.drawing.width, self.config.drawing.height)
+            dim = self.extractor.images([Image.new("RGB", size)]).shape[1]
+            group, count = min(((name, len(numbers)) for name, numbers in groups.items()), key=lambda pair: pair[1])
+            if count <= dim:
+                raise ValueError(
+                    f"`metrics.frechet` compares {dim} features of each picture, which takes more than {dim} prompts "
+                    f"in each group, but {group!r} has {count}. Take more prompts, or fewer features."
+                )
+        for group, numbers in groups.items() if self.config.metrics.retrieval is not None else ():
+            if len({self.prompts.prompts[number].text for number in numbers}) < 2:
+                raise ValueError(
+                    f"`metrics.retrieval` needs two or more different prompts in each group, but {group!r} has one."
+                )
+
     def _counts(self) -> dict[str, int]:
         """Give the pictures of each prompt, for each run."""
         default = self.config.drawing.pictures_per_prompt
@@ -168,15 +188,23 @@ class Evaluation:
     def draw(self) -> None:
         """Draw what is missing of this process's shards."""
         plan = list(self._plan())
+        if self.processes.is_main_process:
+            self._settle(plan)
+        self.processes.wait_for_everyone()  # others find what the first one wrote
+        if not self.processes.is_main_process:
+            self._settle(plan)
+        self.processes.wait_for_everyone()  # before pictures are there
+        self.model.to(self.processes.device)
+        for _, folder, maker in plan:
+            folder.draw(maker, self.processes, self.config.drawing.batch_size, self.show)
+        self.model.to("cpu")
+
+    def _settle(self, plan: list[tuple[str, PictureFolder, Any]]) -> None:
         for name, folder, maker in plan:
             checkpoint = None if name == "references" else self.checkpoint_sha256
             decided = {"run": name, "checkpoint_sha256": checkpoint, **maker.settings()}
             noted = {"model": self.config.model, "batch_size": self.config.drawing.batch_size}
             folder.settle({**decided, "versions": library_versions()}, noted)
-        self.model.to(self.processes.device)
-        for _, folder, maker in plan:
-            folder.draw(maker, self.processes, self.config.drawing.batch_size, self.show)
-        self.model.to("cpu")
 
     def measure(self) -> None:
         """Measure what is missing of this process's shards."""

@@ -111,10 +111,11 @@ class PictureFolder:
 
     def settle(self, decided_by: dict[str, Any], noted: dict[str, Any]) -> None:
         """
-        Write `settings.json`, or check that the folder was begun with the same.
+        Write `settings.json`, or check that the pictures that are there were drawn with the same.
 
         Args:
-            decided_by (`dict`): What the pictures depend on, as JSON has it.
+            decided_by (`dict`):
+                What the pictures depend on, as JSON has it. `versions` may differ where all pictures are there.
             noted (`dict`): What is worth knowing, but free to differ when the folder is continued.
 
         Raises:
@@ -135,13 +136,16 @@ class PictureFolder:
         if file.is_file():
             before = json.loads(file.read_text(encoding="utf-8"))["decided_by"]
             changed = [name for name in {**before, **decided} if before.get(name) != decided.get(name)]
-            if changed:
+            if all(self.shard(index).is_dir() for index in range(self.num_shards)):  # nothing more is drawn
+                changed = [name for name in changed if name != "versions"]
+            if not changed:
+                return
+            if any(self.path.glob("[0-9]*-of-*")):
                 raise ValueError(
                     f"{self.path} holds pictures that were drawn with {changed[0]} = {before.get(changed[0])!r}, but "
                     f"now it is {decided.get(changed[0])!r}. Choose another `out` or run name, or remove the folder."
                 )
-            return
-        if self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
+        elif self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no pictures of an evaluation. Choose another `out`.")
         self.path.mkdir(parents=True, exist_ok=True)
         settings = {"decided_by": decided, "noted": noted}

@@ -12,7 +12,9 @@ from tqdm.auto import tqdm
 from .. import DEFAULT_CHECKPOINT, __version__
 
 LIBRARIES = ("torch", "transformers", "diffusers")
-HASHED_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt")
+HASHED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".json", ".jinja", ".txt")
+# What Trainer leaves beside the weights: where a run stood, not what the model is.
+OF_TRAINING = ("training_args", "trainer_state", "optimizer", "scheduler", "rng_state", "scaler")
 
 
 def checkpoint_folder(name: str) -> Path:
@@ -44,6 +46,7 @@ def fingerprint(path: str | os.PathLike) -> str:
     """
     path = Path(path)
     files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in HASHED_SUFFIXES)
+    files = [file for file in files if not file.name.startswith(OF_TRAINING)]
     whole = hashlib.sha256()
     for file in tqdm(files, desc="Hashing the checkpoint", unit="file", leave=False, delay=5):
         with file.open("rb") as stream:

@@ -10,13 +10,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 from .recipe import Engine, Recipe
 
 Row = dict[str, Any]
 Step = Callable[[Row], Iterator[Row]]
+TASKS_OF_A_WORKER = 4  # at least, so that none waits long for the others at the end
 
 
 @functools.lru_cache(maxsize=4)
@@ -48,7 +49,12 @@ class ModelActor:
 
 @contextmanager
 def connected(engine: Engine) -> Iterator[None]:
-    """Start a Ray of one's own, or join the one named or already there; leave things as they were found."""
+    """
+    Start a Ray of one's own, or join the one named or already there; leave things as they were found.
+
+    Raises:
+        ValueError: If workers are to have more of a GPU than there is: they would wait for ever.
+    """
     if engine.workers == 0:
         try:
             yield
@@ -64,6 +70,12 @@ def connected(engine: Engine) -> Iterator[None]:
         place = {"address": engine.address} if engine.address else {"address": "local", "include_dashboard": False}
         ray.init(**place, **({} if engine.address else local), logging_level=logging.ERROR, log_to_driver=False)
     try:
+        available = ray.cluster_resources().get("GPU", 0)
+        if (engine.gpus_per_worker or 0) > available:
+            raise ValueError(
+                f"`engine.gpus_per_worker` is {engine.gpus_per_worker}, but Ray has {available:g} GPUs here. Leave it "
+                "out, or set it to 0 to work without."
+            )
         with _quiet():
             yield
     finally:
@@ -87,7 +99,15 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before[2])
 
 
-def run(rows: list[Row], steps: list[Step], engine: Engine) -> Iterator[Row]:
+def through(row: Row, steps: list[Step]) -> Iterator[Row]:
+    """Take a row through steps, one after the other."""
+    results: Iterator[Row] = iter([row])
+    for step in steps:
+        results = chain.from_iterable(map(step, results))
+    yield from results
+
+
+def run(rows: list[Row], steps: list[Step], engine: Engine, rows_per_task: int = 1) -> Iterator[Row]:
     """
     Take every row through all steps.
 
@@ -95,6 +115,8 @@ def run(rows: list[Row], steps: list[Step], engine: Engine) -> Iterator[Row]:
         rows (`list[dict]`): One unit of work each.
         steps (`list[Step]`): Functions that pickle can name, or [`ModelStep`].
         engine ([`Engine`]): How many at a time, and where.
+        rows_per_task (`int`, defaults to 1):
+            Rows that share a task at most: Ray pauses between tasks. If one of them fails, all are tried again.
 
     Yields:
         `dict`: What the last step gives, in any order.
@@ -106,41 +128,32 @@ def run(rows: list[Row], steps: list[Step], engine: Engine) -> Iterator[Row]:
         return
     if engine.workers == 0:
         for row in rows:
-            results: Iterator[Row] = iter([row])
-            for step in steps:
-                results = chain.from_iterable(map(step, results))
-            yield from results
+            yield from through(row, steps)
         return
-    yield from _run_on_ray(rows, steps, engine)
+    yield from _run_on_ray(rows, steps, engine, rows_per_task)
 
 
-def _run_on_ray(rows: list[Row], steps: list[Step], engine: Engine) -> Iterator[Row]:
+def _run_on_ray(rows: list[Row], steps: list[Step], engine: Engine, rows_per_task: int) -> Iterator[Row]:
     import ray
 
-    gpus = engine.gpus_per_worker
-    available = ray.cluster_resources().get("GPU", 0)
+    gpus, resources = engine.gpus_per_worker, ray.cluster_resources()
+    available = resources.get("GPU", 0)
     if gpus is None:
         gpus = 1 if available else 0
-    workers = engine.workers and min(engine.workers, len(rows))
-    data = ray.data.from_items(rows, override_num_blocks=len(rows))
-    for step in steps:
-        if isinstance(step, ModelStep) and gpus:
+    slots = TASKS_OF_A_WORKER * (engine.workers or int(resources["CPU"]))
+    tasks = -(-len(rows) // min(rows_per_task, -(-len(rows) // slots)))
+    workers = engine.workers and min(engine.workers, tasks)
+    data = ray.data.from_items(rows, override_num_blocks=tasks)
+    # Without a GPU an actor would only hold a processor that the other steps need.
+    for needs_gpu, group in groupby(steps, lambda step: isinstance(step, ModelStep) and gpus > 0):
+        if needs_gpu:
             actors = {"num_gpus": gpus, "concurrency": max(1, int(available // gpus))}
-            data = data.flat_map(ModelActor, fn_constructor_args=[step], **actors)
-        else:
-            # Without a GPU an actor would only hold a processor that the other steps need.
-            data = data.flat_map(_as_function(step), num_cpus=1, concurrency=workers)
+            for step in group:
+                data = data.flat_map(ModelActor, fn_constructor_args=[step], **actors)
+        else:  # as one function: between two, Ray would shape blocks anew
+            data = data.flat_map(functools.partial(through, steps=list(group)), num_cpus=1, concurrency=workers)
     try:
         yield from data.iter_rows()
     except ray.exceptions.RayTaskError as error:
         cause = error.cause if isinstance(error.cause, Exception) else error
         raise RuntimeError(f"A worker failed: {type(cause).__name__}: {cause}") from error
-
-
-def _as_function(step: Step) -> Step:
-    """Ray takes anything callable that is no function for a class."""
-    return functools.partial(_call, step)
-
-
-def _call(step: Step, row: Row) -> Iterator[Row]:
-    yield from step(row)

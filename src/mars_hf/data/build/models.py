@@ -5,6 +5,7 @@ All models are parameters, loaded once by the process or actor that uses them. W
 the records alone, and sums run on one thread of a processor, so that numbers are the same wherever they are computed.
 """
 
+import functools
 import io
 import json
 import re
@@ -19,14 +20,16 @@ from diffusers import VQModel
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
 from ... import register
 from ...configuration_mars import MarsConfig
 from ...conversion.checkpoints import Checkpoint
+from ...evaluation.provenance import fingerprint
 from ...image_processing_mars import MarsImageProcessorPil, encode_pixels
+from ..records import tokenizer_fingerprint
 from .pictures import clean_text
-from .recipe import Recipe
+from .recipe import LANGUAGES, Recipe
 
 
 def _device() -> torch.device:
@@ -161,6 +164,7 @@ class Captioner:
         self.settings, self.device = recipe.recaption, _device()
         name = self.settings.model
         self.processor = AutoProcessor.from_pretrained(name)
+        self.is_asked_in_chat = getattr(self.processor, "chat_template", None) is not None
         self.model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto").eval().to(self.device)
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"
@@ -174,16 +178,25 @@ class Captioner:
         return [clean_text(text)[0] for batch in batches for text in self._describe(batch, prompt)]
 
     def _describe(self, pictures: list[Image.Image], prompt: str) -> list[str]:
+        with _one_thread():
+            inputs = self._inputs(pictures, prompt).to(self.device, self.model.dtype)
+            ids = self.model.generate(**inputs, max_new_tokens=self.settings.max_new_tokens, do_sample=False)
+        asked, decode = inputs["input_ids"], functools.partial(self.processor.batch_decode, skip_special_tokens=True)
+        if self.is_asked_in_chat:
+            return decode(ids[:, asked.shape[1] :])
+        # Of the prompt such models repeat all ids, some or none: it is taken off as text.
+        return [said.removeprefix(question) for said, question in zip(decode(ids), decode(asked), strict=True)]
+
+    def _inputs(self, pictures: list[Image.Image], prompt: str) -> BatchFeature:
+        if not self.is_asked_in_chat:
+            texts = [prompt] * len(pictures)
+            return self.processor(images=pictures, text=texts, padding=True, return_tensors="pt")
         conversations = [
             [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]}]
             for picture in pictures
         ]
         template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        with _one_thread():
-            inputs = self.processor.apply_chat_template(conversations, **template, processor_kwargs={"padding": True})
-            inputs = inputs.to(self.device, self.model.dtype)
-            ids = self.model.generate(**inputs, max_new_tokens=self.settings.max_new_tokens, do_sample=False)
-        return self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return self.processor.apply_chat_template(conversations, **template, processor_kwargs={"padding": True})
 
 
 class CodeEncoder:
@@ -208,9 +221,13 @@ class CodeEncoder:
         return [{"image_codes": grid.flatten().tolist(), **size} for grid, size in zip(codes, sizes, strict=True)]
 
 
-def check_models(recipe: Recipe) -> None:
+def check_models(recipe: Recipe) -> dict[str, Any]:
     """
-    Look at the models' configurations before any work is done.
+    Look at the models before any work is done.
+
+    Returns:
+        `dict`: What tells each model from another one of its name: a hash, or its commit on the Hub; under `codes`
+        what `codes.json` says of the tokenizer.
 
     Raises:
         ValueError: If one does not fit what it is to do.
@@ -223,11 +240,9 @@ def check_models(recipe: Recipe) -> None:
             raise ValueError(f"{name} is no CLIP model: its configuration has no `projection_dim`.")
     if recipe.aesthetic:
         load_head(Path(recipe.aesthetic.head), widths[recipe.aesthetic.model])
-    if (
-        recipe.recaption
-        and getattr(AutoProcessor.from_pretrained(recipe.recaption.model), "chat_template", None) is None
-    ):
-        raise ValueError(f"{recipe.recaption.model} has no chat template, by which it is asked for captions.")
+    names = [*widths, *(stage.model for stage in (recipe.recaption,) if stage)]
+    names += [stage.head for stage in (recipe.aesthetic,) if stage]
+    found: dict[str, Any] = {name: _identity(name) for name in names}
     if recipe.codes:
         factor = downsample_factor(vq_config_of(recipe.codes.model))
         if recipe.resize.multiple_of % factor:
@@ -235,6 +250,14 @@ def check_models(recipe: Recipe) -> None:
                 f"A code of {recipe.codes.model} stands for {factor} x {factor} px: `resize.multiple_of` must be a "
                 f"multiple of {factor}, got {recipe.resize.multiple_of}."
             )
+        vqgan = load_vqgan(recipe.codes.model)
+        numbers = {"downsample_factor": factor, "codebook_size": vqgan.config.num_vq_embeddings}
+        found["codes"] = {"fingerprint": tokenizer_fingerprint(vqgan), **numbers}
+    return found
+
+
+def _identity(name: str) -> str | None:
+    return fingerprint(name) if Path(name).exists() else AutoConfig.from_pretrained(name)._commit_hash
 
 
 def downsample_factor(vq_config: Mapping[str, Any]) -> int:
@@ -283,12 +306,10 @@ def open_all(records: list[dict[str, Any]]) -> list[Image.Image]:
 
 
 def recaption_records(records: list[dict[str, Any]], captioner: Captioner) -> None:
-    """Put new captions in place of the old, which stay beside them; an empty answer changes nothing."""
+    """Put fine-grained captions beside those that records have; an empty answer is none."""
     pictures = open_all(records)
-    for language in ("en", "zh"):
-        for record in records:
-            record[f"original_caption_{language}"] = record.get(f"caption_{language}")
+    for language in LANGUAGES:
         prompt = captioner.settings.prompts.get(language)
         answers = captioner(pictures, prompt) if prompt else [""] * len(records)
         for record, answer in zip(records, answers, strict=True):
-            record[f"caption_{language}"] = answer or record[f"caption_{language}"]
+            record[f"fine_caption_{language}"] = answer or None

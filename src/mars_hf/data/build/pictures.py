@@ -114,7 +114,9 @@ def decode_picture(data: bytes, extension: str | None, limits: Decode) -> Decode
                 notes.append("wrong_extension")
             if "bad_exif" in notes:
                 picture = _without_exif(picture)
-            rgb = to_rgb(picture)
+            # `to_rgb` copies what is as it should be, too: twice.
+            is_plain = picture.mode == "RGB" and not set(notes) - {"wrong_extension"}
+            rgb = picture if is_plain else to_rgb(picture)
         except Exception as error:  # decoders raise whatever they like
             raise Refused("damaged", str(error.__cause__ or error)) from None
     if refused := [note for note in notes if note in limits.refuse]:
@@ -231,14 +233,19 @@ def measure_item(item: Item, recipe: Recipe) -> dict[str, Any]:
         decoded = decode_picture(item.data, item.extension, recipe.decode)
         picture = decoded.picture
         row |= {"width": picture.width, "height": picture.height, "verbatim": decoded.verbatim}
-        captions, notes = clean_captions(item.captions, recipe.captions)
-        row |= {"notes": decoded.notes + notes, "caption_characters": max(map(len, captions.values()), default=0)}
         check_shape(picture.width, picture.height, recipe.filter or Filter(), recipe.resize)
+        row["caption_characters"] = _longest(item.captions)  # for the report, should they be refused
+        captions, notes = clean_captions(item.captions, recipe.captions)
+        row |= {"notes": decoded.notes + notes, "caption_characters": _longest(captions)}
         if recipe.duplicates:
             row |= fingerprints(picture)
     except Refused as refused:
         return row | {"reason": refused.reason, "detail": refused.detail}
     return row | {"reason": None}
+
+
+def _longest(captions: dict[str, str]) -> int:
+    return max(map(len, captions.values()), default=0)
 
 
 def fingerprints(picture: Image.Image) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 The passes of a build, on Ray Data.
 
 1. *Measure*: every shard is read once; each item is decoded, filtered and fingerprinted, and leaves a row.
-2. *Decide*: duplicates are found among all rows, in the order of the input.
+2. *Decide*: duplicates are found among all rows, in the order of the input, while later shards are measured.
 3. *Score*: what is left is scored, in batches that never cross a shard; scores are thresholds' or quantiles' to judge.
 4. *Write*: what stays is dealt out to output files; each is read, captioned, resized, encoded and written.
 
@@ -18,10 +18,13 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -29,11 +32,12 @@ from .duplicates import DuplicateFinder
 from .engine import ModelStep, Row, Step, connected, made, run
 from .pictures import clean_captions, decode_picture, encode_file, fit, measure_item
 from .readers import Item, Shard, list_shards, read_items
-from .recipe import LANGUAGES, Recipe
+from .recipe import LANGUAGES, Recipe, Resize
 from .report import Report, Sample, write_report
-from .writers import scores_of, suffix_of, write_json, write_rows, write_shard
+from .writers import features_of, scores_of, suffix_of, write_json, write_rows, write_shard
 
 WORK = ".work"
+FILES_OF_A_TASK = 16  # of the output, at most
 
 
 def _measured_schema() -> Any:
@@ -119,37 +123,40 @@ def make_scorer(recipe: Recipe) -> Any:
     return Scorer(recipe)
 
 
-def collect_records(row: Row, recipe: Recipe) -> Iterator[Row]:
-    """Read the records of one output file from the shards that they come from."""
+def collect_records(row: Row, recipe: Recipe, output: "Output") -> Iterator[Row]:
+    """Read the records of one output file from the shards that they come from; of one that is written, nothing."""
+    manifest = output.manifest(row["index"])
+    if manifest is not None and manifest["plan"] == row["plan"]:
+        return
     records = []
     for part in json.loads(row["parts"]):
         facts = {fact["position"]: fact for fact in part["records"]}
         for position, item in _wanted_items({"content": json.dumps(part["shard"])}, recipe, set(facts)):
             fact = facts[position]
             captions = clean_captions(item.captions, recipe.captions)[0]
-            data = item.data
-            if not fact["verbatim"]:
-                data = encode_file(decode_picture(item.data, item.extension, recipe.decode).picture)
             source = part["shard"]["source"]
-            record = {"key": _full_key(item, source), "image": data, "source": source}
+            record = {"key": _full_key(item, source), "source": source, **_stored(item, fact, recipe)}
             record |= {f"caption_{language}": captions.get(language) for language in LANGUAGES}
-            record |= {name: fact[name] for name in ("width", "height", *scores_of(recipe))}
-            records.append(record)
-    if not recipe.recaption:  # a captioner sees the whole picture
-        resize_records(records, recipe)
+            records.append(record | {name: fact[name] for name in scores_of(recipe)})
     yield {"index": row["index"], "plan": row["plan"], "records": records}
 
 
-def resize_records(records: list[Row], recipe: Recipe) -> None:
-    """Bring pictures to the size of training; one that has it already is kept as it is."""
-    if recipe.resize is None:
-        return
-    for record in records:
-        picture = Image.open(io.BytesIO(record["image"])).convert("RGB")
-        fitted = fit(picture, recipe.resize)
-        if fitted.size != picture.size or recipe.resize.jpeg_quality is not None:
-            record["image"] = encode_file(fitted, recipe.resize.jpeg_quality)
-        record["width"], record["height"] = fitted.size
+def _stored(item: Item, fact: Row, recipe: Recipe) -> Row:
+    """Give a picture's file and size as they are stored; a captioner sees the whole picture before it is resized."""
+    data = item.data if fact["verbatim"] else None
+    if data is not None and (recipe.resize is None or recipe.recaption):
+        return {"image": data, "width": fact["width"], "height": fact["height"]}
+    picture = decode_picture(item.data, item.extension, recipe.decode).picture
+    return _fitted(picture, data, None if recipe.recaption else recipe.resize)
+
+
+def _fitted(picture: Image.Image, data: bytes | None, resize: Resize | None) -> Row:
+    """Bring a picture to the size of training; the file of one that has it already is kept as it is."""
+    fitted = picture if resize is None else fit(picture, resize)
+    jpeg_quality = resize and resize.jpeg_quality
+    if data is None or fitted.size != picture.size or jpeg_quality is not None:
+        data = encode_file(fitted, jpeg_quality)
+    return {"image": data, "width": fitted.width, "height": fitted.height}
 
 
 class WriteModels:
@@ -166,30 +173,58 @@ class WriteModels:
         records = [dict(record) for record in row["records"]]
         if self.captioner:
             self.models.recaption_records(records, self.captioner)
-            resize_records(records, self.recipe)
+            for record in records if self.recipe.resize else ():
+                picture = Image.open(io.BytesIO(record["image"])).convert("RGB")
+                record |= _fitted(picture, record["image"], self.recipe.resize)
         if self.encoder:
             for record, codes in zip(records, self.encoder(self.models.open_all(records)), strict=True):
                 record |= codes
         yield {**row, "records": records}
 
 
-def write_records(row: Row, recipe: Recipe, names: list[str], data: Path, manifests: Path) -> Iterator[Row]:
+class Output(NamedTuple):
+    """The files that a build writes."""
+
+    names: list[str]
+    data: Path
+    manifests: Path
+
+    def path(self, index: int) -> Path:
+        return self.data / self.names[index]
+
+    def manifest(self, index: int) -> Row | None:
+        """Read what is said of a file, if it is complete."""
+        path, file = self.path(index), (self.manifests / self.names[index]).with_suffix(".json")
+        if not (file.exists() and path.exists()):
+            return None
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        return manifest if manifest["bytes"] == path.stat().st_size else None
+
+    def complete(self) -> list[Row]:
+        return [found for i in range(len(self.names)) if (found := self.manifest(i)) is not None]
+
+
+def write_records(row: Row, recipe: Recipe, output: Output, schema: Any) -> Iterator[Row]:
     """Write one output file, and then its manifest, by which it counts as done."""
-    path = data / names[row["index"]]
-    records = [record for record in row["records"] if record["caption_en"] or record["caption_zh"]]
+    path = output.path(row["index"])
+    records = [record for record in row["records"] if any(_caption(record, language) for language in LANGUAGES)]
     if recipe.resolution_text:
         for record in records:
             for language in LANGUAGES:
-                caption = record[f"caption_{language}"]
+                caption = _caption(record, language)
                 # As `prompts_mars.prompt_ids` writes it, which also tokenises.
                 record[f"prompt_{language}"] = caption and f"{caption} {record['height']}x{record['width']}"
-    write_shard(path, records, recipe, row["index"])
+    write_shard(path, records, schema, row["index"])
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     counts = {"records": len(records), "without_caption": len(row["records"]) - len(records)}
     manifest = {"file": path.name, "sha256": digest, "bytes": path.stat().st_size, **counts, "plan": row["plan"]}
-    write_json(manifests / f"{path.stem}.json", manifest)
+    write_json(output.manifests / f"{path.stem}.json", manifest)
     yield {"index": row["index"]}
+
+
+def _caption(record: Row, language: str) -> str | None:
+    return record.get(f"fine_caption_{language}") or record[f"caption_{language}"]
 
 
 # What the leading process does.
@@ -211,7 +246,7 @@ def build_dataset(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
 
     The folder is a data set of `datasets`: its files are `data/train-*`, with the columns of
     [`~mars_hf.data.build.writers.features_of`], each with a manifest in `manifests`. What was dropped and why stands
-    in `report.json` and `report.html`.
+    in `report.json` and `report.html`; which tokenizer made the codes, in `codes.json`.
 
     Args:
         recipe ([`Recipe`]): What to do, see [`~mars_hf.data.build.recipe.load_recipe`].
@@ -221,7 +256,8 @@ def build_dataset(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
         `dict`: What `report.json` holds, without pictures.
 
     Raises:
-        ValueError: If a source is empty, a model does not fit, the folder holds something else, or nothing is left.
+        ValueError: If a source is empty, a model does not fit, the folder holds something else or another build is at
+            work there, or nothing is left.
         RuntimeError: If a worker fails, or the input changes meanwhile.
     """
     return Build(recipe, progress).run()
@@ -235,79 +271,122 @@ class Build:
             raise ValueError("A build needs a folder to write to: `out`.")
         self.recipe, self.progress, self.out = recipe, progress, Path(recipe.out).absolute()
         self.measured, self.scored = self.out / WORK / "measured", self.out / WORK / "scored"
-        self.manifests = self.out / "manifests"
         self.shards = [shard for source in recipe.sources for shard in list_shards(source)]
         self.contents = [json.dumps(shard.as_dict()) for shard in self.shards]
         self.report = Report(recipe)
 
     def run(self) -> dict[str, Any]:
         """Lead through all passes."""
+        models: dict[str, Any] = {}
         if any((self.recipe.clip, self.recipe.aesthetic, self.recipe.recaption, self.recipe.codes)):
             from .models import check_models
 
-            check_models(self.recipe)
-        self._claim_folder()
-        with connected(self.recipe.engine):
-            self._measure()
-            kept = self._find_duplicates()
-            scores: dict[int, dict[str, np.ndarray]] = {}
-            if scores_of(self.recipe):
-                self._score(kept)
-                kept, scores = self._select(kept)
-            names = self._write(kept, scores)
-        for manifest in self._manifests(names):
+            models = check_models(self.recipe)
+        with self._folder_to_itself():
+            self._claim_folder(models)
+            with connected(self.recipe.engine):
+                return self._run(models)
+
+    def _run(self, models: dict[str, Any]) -> dict[str, Any]:
+        kept = self._measure()
+        scores: dict[int, dict[str, np.ndarray]] = {}
+        if scores_of(self.recipe):
+            self._score(kept)
+            kept, scores = self._select(kept)
+        if self.recipe.codes:
+            self._write_codes_file(models["codes"], complete=False)
+        output = self._write(kept, scores)
+        for manifest in output.complete():
             self.report.count_written(manifest["records"], manifest["without_caption"])
-        outputs = [self.out / "data" / name for name in names]
+        outputs = [output.path(i) for i in range(len(output.names))]
         summary = write_report(self.report, self.out, self._read_samples(), outputs)
         if not self.report.kept:
             raise ValueError(f"Nothing is left of {self.report.items} items: see {self.out / 'report.html'}.")
+        if self.recipe.codes:
+            self._write_codes_file(models["codes"], complete=True)
         return summary
 
-    def _claim_folder(self) -> None:
+    @contextmanager
+    def _folder_to_itself(self) -> Iterator[None]:
+        """Keep other builds out of the folder; the lock goes with the process that holds it."""
+        file, own = self.out / "recipe.json", (WORK, ".part")
+        if not file.exists() and self.out.is_dir() and any(not e.name.endswith(own) for e in self.out.iterdir()):
+            raise ValueError(f"{self.out} is not empty and holds no build. Choose another folder.")
+        (self.out / WORK).mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.out / WORK / "lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"Another build is at work in {self.out}. Wait for it, stop it, or choose another folder."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _claim_folder(self, models: dict[str, Any]) -> None:
         listing = hashlib.sha256("\n".join(self.contents).encode()).hexdigest()
         own = {"recipe": self.recipe.what_decides_the_output(), "shards": len(self.shards), "listing": listing}
+        own |= {"models": models} if models else {}
         file = self.out / "recipe.json"
         if file.exists():
             there = json.loads(file.read_text(encoding="utf-8"))
+            reasons = {"recipe": "of another recipe", "models": "one of its models has changed since"}
             if differing := [name for name in own if there.get(name) != own[name]]:
-                what = "its input has changed since" if "recipe" not in differing else "of another recipe"
+                what = next((reasons[name] for name in reasons if name in differing), "its input has changed since")
                 raise ValueError(f"{self.out} holds a build, but {what}. Choose another folder, or remove this one.")
-        elif self.out.is_dir() and any(not entry.name.endswith(".part") for entry in self.out.iterdir()):
-            raise ValueError(f"{self.out} is not empty and holds no build. Choose another folder.")
         for left_over in self.out.rglob(".*.part"):  # of a run that was killed
             left_over.unlink()
         write_json(file, own)
 
+    def _write_codes_file(self, tokenizer: dict[str, Any], complete: bool) -> None:
+        """Say which tokenizer made the codes, where `open_records` looks for it."""
+        from ..records import CODES_FILE  # which imports what workers need not wait for
+
+        split = {"complete": complete, "records": self.report.kept}
+        content = {"tokenizer": tokenizer, "recipe": self.recipe.what_decides_the_output(), "splits": {"train": split}}
+        write_json(self.out / CODES_FILE, content)
+
     def _progress(self, rows: Iterator[Row], what: str, unit: str, total: int, done: int) -> Iterator[Row]:
         yield from tqdm(rows, desc=what, unit=unit, total=total, initial=done, disable=not self.progress)
 
-    def _measure(self) -> None:
+    def _measure(self) -> dict[int, list[Kept]]:
+        """Measure all shards, and go through them in the order of the input as they come; give what stays of each."""
         rows = [
             {"shard": index, "content": content}
             for index, content in enumerate(self.contents)
             if not _shard_file(self.measured, index).exists()
         ]
         step = functools.partial(measure_shard, recipe=self.recipe, folder=self.measured)
-        done = len(self.shards) - len(rows)
-        results = run(rows, [step], self.recipe.engine)
-        for _ in self._progress(results, "Measuring", "shard", len(self.shards), done):
-            pass
-
-    def _find_duplicates(self) -> dict[int, list[Kept]]:
-        """Go through all rows in the order of the input; give what stays of each shard."""
+        measured = set(range(len(self.shards))) - {row["shard"] for row in rows}
+        results = self._progress(
+            run(rows, [step], self.recipe.engine), "Measuring", "shard", len(self.shards), len(measured)
+        )
         finder = DuplicateFinder(self.recipe.duplicates)
         kept: dict[int, list[Kept]] = {}
-        for index in range(len(self.shards)):
-            for row in _read_rows(_shard_file(self.measured, index)):
-                reason, detail = row["reason"], row["detail"]
-                if reason is None and (found := finder.check(row, row["key"])) is not None:
-                    reason, detail = found[0], f"of {found[1]}"
-                self.report.count_item(row, reason)
-                if reason is None:
-                    facts = Kept(*(row[name] for name in Kept._fields))
-                    kept.setdefault(index, []).append(facts)
-                else:
-                    self.report.drop(reason, Sample(index, row["position"], detail))
+        index = 0
+        # What an earlier run has measured is there at once.
+        for shard in chain(sorted(measured)[:1], (row["shard"] for row in results)):
+            measured.add(shard)
+            while index in measured:
+                if records := self._judge(index, finder):
+                    kept[index] = records
+                index += 1
+        return kept
+
+    def _judge(self, index: int, finder: DuplicateFinder) -> list[Kept]:
+        """Go through the rows of a shard; give what stays."""
+        kept = []
+        for row in _read_rows(_shard_file(self.measured, index)):
+            reason, detail = row["reason"], row["detail"]
+            if reason is None and (found := finder.check(row, row["key"])) is not None:
+                reason, detail = found[0], f"of {found[1]}"
+            self.report.count_item(row, reason)
+            if reason is None:
+                kept.append(Kept(*(row[name] for name in Kept._fields)))
+            else:
+                self.report.drop(reason, Sample(index, row["position"], detail))
         return kept
 
     def _score(self, kept: dict[int, list[Kept]]) -> None:
@@ -377,36 +456,28 @@ class Build:
                 count, size = count + 1, size + record.num_bytes
         return [json.dumps(parts) for parts in plans]
 
-    def _write(self, kept: dict[int, list[Kept]], scores: dict[int, dict[str, np.ndarray]]) -> list[str]:
-        """Write the output files that are not there yet; give the names of all."""
+    def _write(self, kept: dict[int, list[Kept]], scores: dict[int, dict[str, np.ndarray]]) -> Output:
+        """Write the output files that are not there yet."""
         plans = self._plan(kept, scores)
         names = [f"train-{i:05d}-of-{len(plans):05d}{suffix_of(self.recipe)}" for i in range(len(plans))]
+        output = Output(names, self.out / "data", self.out / "manifests")
         digests = [hashlib.sha256(plan.encode()).hexdigest() for plan in plans]
-        done = {manifest["plan"] for manifest in self._manifests(names)}
+        done = {manifest["plan"] for manifest in output.complete()}
         rows = [
             {"index": i, "parts": plan, "plan": digest}
             for i, (plan, digest) in enumerate(zip(plans, digests, strict=True))
             if digest not in done
         ]
-        places = {"names": names, "data": self.out / "data", "manifests": self.manifests}
-        steps: list[Step] = [functools.partial(collect_records, recipe=self.recipe)]
+        places = {"recipe": self.recipe, "output": output}
+        schema = features_of(self.recipe).arrow_schema  # made here: workers need not import `datasets`
+        steps: list[Step] = [functools.partial(collect_records, **places)]
         if self.recipe.recaption or self.recipe.codes:
             steps.append(ModelStep(WriteModels, self.recipe))
-        steps.append(functools.partial(write_records, recipe=self.recipe, **places))
-        results = run(rows, steps, self.recipe.engine)
+        steps.append(functools.partial(write_records, **places, schema=schema))
+        results = run(rows, steps, self.recipe.engine, FILES_OF_A_TASK)
         for _ in self._progress(results, "Writing", "shard", len(plans), len(plans) - len(rows)):
             pass
-        return names
-
-    def _manifests(self, names: list[str]) -> list[dict[str, Any]]:
-        """Read the manifests of the output files that are complete."""
-        found = []
-        for name in names:
-            file, data = (self.manifests / name).with_suffix(".json"), self.out / "data" / name
-            if file.exists() and data.exists():
-                manifest = json.loads(file.read_text(encoding="utf-8"))
-                found += [manifest] if manifest["bytes"] == data.stat().st_size else []
-        return found
+        return output
 
     def _read_samples(self) -> dict[Sample, Item]:
         """Read again the few dropped items that the report shows."""

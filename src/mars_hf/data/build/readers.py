@@ -7,11 +7,13 @@ nothing is written: names inside archives are keys, never paths.
 """
 
 import functools
+import hashlib
 import json
 import os
 import tarfile
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -22,7 +24,9 @@ PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff",
 TEXT_EXTENSIONS = ("txt", "json", "cls")
 MAX_KEY_CHARACTERS = 512
 MAX_HEADER_BYTES = 2**20  # of a tar's own long names and attributes
+MAX_FILES = 100  # of a sample in a tar
 ROWS_AT_ONCE = 16
+MAX_COMPRESSION = 30  # times, of a stretch of a parquet file beyond the limit; pictures hardly shrink, bombs by 1,000s
 UNDECODABLE = object()  # stands for a text that is no UTF-8
 UNSAFE = "absolute, with '..', too long or unprintable"
 
@@ -49,7 +53,7 @@ class Shard:
         name (`str`): Goes in front of the names inside a file, which may come again in other files.
         path (`str`): A file, a folder, or a data set.
         size (`int`): Bytes of the file, or number of items: with `modified`, by which a changed input is noticed.
-        modified (`str`): When the file was last changed.
+        modified (`str`): When the file was last changed; of a folder, a hash of all files' names, sizes and times.
         start (`int`): First row of a data set.
         files (`tuple[str, ...]`): Pictures of a folder, relative to it.
     """
@@ -110,23 +114,43 @@ def _folder_shards(source: Source) -> list[Shard]:
     for folder, subfolders, files in os.walk(root, onerror=_raise):  # links to folders are not followed
         linked = [name for name in subfolders if (Path(folder) / name).is_symlink()]
         names += [(Path(folder) / name).relative_to(root).as_posix() for name in files + linked]
-    split = {name: os.path.splitext(name) for name in names}
-    stems = {stem for stem, suffix in split.values() if suffix.lower()[1:] not in TEXT_EXTENSIONS}
+    kinds = _text_extensions(source)
+    stems = {name: _text_stem(name, kinds) for name in names}
+    with_picture = {os.path.splitext(name)[0] for name, stem in stems.items() if stem is None}
+    texts: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(names):
+        if stems[name] in with_picture:
+            texts[stems[name]].append(name)
     # A text without its picture is tried as a picture, so that it is counted.
-    beside = {
-        name for name, (stem, suffix) in split.items() if suffix.lower()[1:] in TEXT_EXTENSIONS and stem in stems
-    }
-    ordered = sorted(set(names) - beside)
+    ordered = sorted(name for name in names if stems[name] not in with_picture)
     shards = []
     for start in range(0, len(ordered), source.records_per_shard):
         chunk = tuple(ordered[start : start + source.records_per_shard])
-        modified = max(os.lstat(root / name).st_mtime_ns for name in chunk)
-        shards.append(Shard(source.name, "", str(root), len(chunk), str(modified), files=chunk))
+        files = [file for name in chunk for file in (name, *texts[os.path.splitext(name)[0]])]
+        shards.append(Shard(source.name, "", str(root), len(chunk), _state_of(root, files), files=chunk))
     return shards
 
 
 def _raise(error: OSError) -> None:
     raise error
+
+
+def _text_extensions(source: Source) -> list[str]:
+    """Say which files beside a picture are texts, those with more dots first: `en.txt` is no text `en`."""
+    named = {name.lower() for name in (source.caption_en, source.caption_zh) if name is not None}
+    return sorted({*TEXT_EXTENSIONS, *named}, key=lambda kind: (-kind.count("."), kind))
+
+
+def _text_stem(name: str, kinds: list[str]) -> str | None:
+    return next((name[: -len(kind) - 1] for kind in kinds if name.lower().endswith(f".{kind}")), None)
+
+
+def _state_of(root: Path, files: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for name in files:
+        status = os.lstat(root / name)
+        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def _dataset_shards(source: Source) -> list[Shard]:
@@ -167,7 +191,8 @@ def _read_tar(shard: Shard, source: Source, max_file_bytes: int) -> Iterator[Ite
     """Group consecutive members of one name, as WebDataset does, without ever going back in the file."""
     import fsspec
 
-    stem, group, failure = "", {}, None
+    stem, group, failure = "", {}, None  # a group holds, all together, no more than one file may
+    room = max_file_bytes
     with (
         fsspec.open(shard.path, "rb") as file,
         tarfile.open(fileobj=file, mode="r|*", tarinfo=_CheckedTarInfo) as archive,
@@ -182,9 +207,12 @@ def _read_tar(shard: Shard, source: Source, max_file_bytes: int) -> Iterator[Ite
                 member_stem, extension = _stem_and_extension(member.name)
                 if group and (member_stem != stem or extension in group):
                     yield _item_of_group(shard, stem, group, source)
-                    group = {}
+                    group, room = {}, max_file_bytes
                 stem = member_stem
-                group[extension] = None if member.size > max_file_bytes else archive.extractfile(member).read()
+                if len(group) == MAX_FILES:
+                    continue
+                group[extension] = None if member.size > room else archive.extractfile(member).read()
+                room -= len(group[extension] or b"")
         except Exception as error:
             failure = error
         if group:  # also of a broken file: complete or not, what it lacks is found out like everywhere
@@ -223,11 +251,12 @@ def _stem_and_extension(name: str) -> tuple[str, str]:
     """Cut a name at the first dot of its last part (WebDataset's rule)."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
-    return f"{folder}{slash}{stem}", extension.lower()
+    return f"{folder}{slash}{stem}", extension.lower()[: MAX_KEY_CHARACTERS + 1]  # enough to be refused
 
 
 def _item_of_group(shard: Shard, stem: str, group: dict[str, bytes | None], source: Source) -> Item:
-    others = [name for name in group if name not in TEXT_EXTENSIONS]
+    texts = _text_extensions(source)
+    others = [name for name in group if name not in texts]
     pictures = [source.image] if source.image else [name for name in PICTURE_EXTENSIONS if name in group] or others
     item = Item(f"{shard.name}/{stem}")
     if not all(_is_safe_key(f"{stem}.{extension}") for extension in group):
@@ -245,7 +274,7 @@ def _fill(item: Item, data: bytes | None, extension: str, texts: dict[str, bytes
     if data is None:
         item.reason = "file_too_large"
         return item
-    if large := [name for name, text in texts.items() if text is None and name in TEXT_EXTENSIONS]:
+    if large := [name for name, text in texts.items() if text is None and name in _text_extensions(source)]:
         item.reason, item.detail = "caption_too_long", f"a large file: {', '.join(large)}"
         return item
     try:
@@ -313,12 +342,29 @@ def _read_parquet(shard: Shard, source: Source, max_file_bytes: int) -> Iterator
             raise ValueError(f"no column {', '.join(missing)}; there are {', '.join(table.schema_arrow.names)}")
         texts = [name for name in columns if pa.types.is_string(table.schema_arrow.field(name).type)]
         number = 0
-        for batch in table.iter_batches(ROWS_AT_ONCE, columns=sorted(columns)):
-            for name in texts:  # as bytes: one text that is no UTF-8 would spoil the batch
-                batch = batch.set_column(batch.schema.get_field_index(name), name, batch[name].cast(pa.binary()))
-            for row in batch.to_pylist():
-                yield _item_of_row(_decode_texts(row, texts), f"{shard.name}/{number}", source, max_file_bytes, None)
-                number += 1
+        for index in range(table.num_row_groups):
+            group = table.metadata.row_group(index)
+            packed, unpacked = _sizes_of(group, columns)
+            if unpacked > max_file_bytes and unpacked > MAX_COMPRESSION * packed:
+                detail = f"{group.num_rows} rows of {packed} bytes that unpack to {unpacked}"
+                yield Item(f"{shard.name}/{number}", reason="file_too_large", detail=detail)
+                number += group.num_rows
+                continue
+            at_once = min(ROWS_AT_ONCE, max(1, max_file_bytes // max(1, unpacked)))
+            for batch in table.iter_batches(at_once, row_groups=[index], columns=sorted(columns)):
+                for name in texts:  # as bytes: one text that is no UTF-8 would spoil the batch
+                    batch = batch.set_column(batch.schema.get_field_index(name), name, batch[name].cast(pa.binary()))
+                for row in batch.to_pylist():
+                    row = _decode_texts(row, texts)
+                    yield _item_of_row(row, f"{shard.name}/{number}", source, max_file_bytes, None)
+                    number += 1
+
+
+def _sizes_of(group: Any, columns: set[str]) -> tuple[int, int]:
+    """Sum up the bytes of columns of a row group, as stored and unpacked, by what the file says of itself."""
+    chunks = [group.column(i) for i in range(group.num_columns)]
+    own = [c for c in chunks if any(f"{c.path_in_schema}.".startswith(f"{name}.") for name in columns)]
+    return sum(chunk.total_compressed_size for chunk in own), sum(chunk.total_uncompressed_size for chunk in own)
 
 
 def _decode_texts(row: dict[str, Any], texts: list[str]) -> dict[str, Any]:

@@ -83,7 +83,8 @@ class Decode:
 
     Args:
         max_pixels (`int`, defaults to 64,000,000): Larger pictures are refused by their header, before decoding.
-        max_file_bytes (`int`, defaults to 64 MiB): Larger files are refused before they are read.
+        max_file_bytes (`int`, defaults to 64 MiB):
+            Larger files are refused before they are read, and all files of a sample in a tar together.
         refuse (`list[str]`): Peculiarities that drop a picture. Others are put right and counted.
     """
 
@@ -212,12 +213,12 @@ class Select:
 @dataclass
 class Recaption:
     """
-    Write new captions with a vision-language model.
+    Write fine-grained captions, beside those that are there, with a vision-language model.
 
     Args:
-        model (`str`): Folder or Hub name of an image-text-to-text model whose processor has a chat template.
-        prompts (`dict[str, str]`): What to ask for, by language (`en`, `zh`); a language without a prompt keeps its
-            captions.
+        model (`str`): Folder or Hub name of an image-text-to-text model.
+        prompts (`dict[str, str]`): What to ask for, by language (`en`, `zh`). A model without a chat template is given
+            them as they are: write placeholders for pictures into them if it needs any.
         max_new_tokens (`int`, defaults to 256): Length of an answer.
         batch_size (`int`, defaults to 8): Pictures at once.
     """
@@ -305,7 +306,8 @@ class Engine:
         address (`str`, *optional*): A Ray cluster, whose nodes share sources, models and output. Defaults to a Ray of
             its own on this machine.
         workers (`int`, *optional*): Tasks at a time. Defaults to all processors; 0 works in this process, without Ray.
-        gpus_per_worker (`float`, *optional*): For tasks with models. Defaults to 1 if there are any, else 0.
+        gpus_per_worker (`float`, *optional*):
+            For tasks with models. Defaults to 1 if there are any, else 0; more than there are is refused.
         object_store_bytes (`int`, *optional*): Memory for what travels between tasks. Defaults to Ray's choice.
     """
 
@@ -317,6 +319,8 @@ class Engine:
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"`workers` must be 0 or more, got {self.workers}.")
+        if self.gpus_per_worker is not None and self.gpus_per_worker < 0:
+            raise ValueError(f"`gpus_per_worker` must be 0 or more, got {self.gpus_per_worker}.")
 
 
 STAGES: dict[str, type] = {
@@ -342,7 +346,8 @@ class Recipe:
 
     Args:
         sources (`list[Source]`): Read one after the other; their order is the order of the input.
-        resolution_text (`bool`): Add the columns `prompt_en` and `prompt_zh`, captions with their size.
+        resolution_text (`bool`): Add the columns `prompt_en` and `prompt_zh`, captions (fine ones first) with their
+            size.
         out (`str`, *optional*): Folder to write to.
         samples (`int`): Pictures of each kind that the report shows.
         origins (`dict[str, str]`): Settings written as `{paper: X, ours: Y}`, and which of the two was taken.

@@ -98,7 +98,8 @@ class Report:
         """Count one item after measuring; a peculiarity counts where the item is still in."""
         self.items += 1
         if row["caption_characters"] is not None:
-            self.histograms["caption"].add(row["caption_characters"], True)
+            is_fine = reason not in ("caption_too_long", "no_caption")
+            self.histograms["caption"].add(row["caption_characters"], is_fine)
         if row["width"] is not None:
             short, long = sorted((row["width"], row["height"]))
             self.histograms["side"].add(short, reason != "too_small")

@@ -14,11 +14,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from .recipe import Recipe
 
 ROW_GROUP = 100  # records; small, so that single pictures can be read
+# One name for all pictures of a WebDataset, PNG too: readers look inside, and `datasets` takes no changing columns.
+PICTURE_MEMBER = "jpg"
 
 
 def write_in_place(path: Path, write: Callable[[Path], None]) -> None:
@@ -63,7 +63,8 @@ def features_of(recipe: Recipe) -> Any:
 
     Returns:
         `datasets.Features`: `key`; `image` and/or `image_codes` (raster order) with `codes_height` and `codes_width`;
-        `height`, `width`; `caption_en`, `caption_zh` (either may be null); what further stages add; `source`.
+        `height`, `width`; `caption_en`, `caption_zh` (either may be null); what further stages add; `source`. They
+        are records to [`~mars_hf.data.records.open_records`].
     """
     from datasets import Features, List, Value
     from datasets import Image as ImageFeature
@@ -79,7 +80,7 @@ def features_of(recipe: Recipe) -> Any:
         }
     features |= {"height": Value("int32"), "width": Value("int32")}
     texts = ["caption_en", "caption_zh"]
-    texts += ["original_caption_en", "original_caption_zh"] if recipe.recaption else []
+    texts += ["fine_caption_en", "fine_caption_zh"] if recipe.recaption else []
     texts += ["prompt_en", "prompt_zh"] if recipe.resolution_text else []
     features |= {name: Value("string") for name in texts}
     features |= {name: Value("float32") for name in scores_of(recipe)}
@@ -95,38 +96,38 @@ def suffix_of(recipe: Recipe) -> str:
     return {"parquet": ".parquet", "webdataset": ".tar"}[recipe.write.format]
 
 
-def write_shard(path: Path, records: list[dict[str, Any]], recipe: Recipe, index: int) -> None:
+def write_shard(path: Path, records: list[dict[str, Any]], schema: Any, index: int) -> None:
     """
     Write one output file.
 
     Args:
-        path (`Path`): Where to.
+        path (`Path`): Where to; its suffix says in which format.
         records (`list[dict]`): With the columns of [`features_of`]; `image` holds a file's bytes.
-        recipe ([`Recipe`]): Says which columns and which format.
+        schema (`pyarrow.Schema`): That of [`features_of`].
         index (`int`): Number of the file; a WebDataset has names that differ across its files.
     """
-    features = features_of(recipe)
-    rows = [{name: record.get(name) for name in features} for record in records]
-    write_in_place(path, lambda scratch: _WRITERS[recipe.write.format](scratch, rows, features, index))
+    rows = [{name: record.get(name) for name in schema.names} for record in records]
+    write_in_place(path, lambda scratch: _WRITERS[path.suffix](scratch, rows, schema, index))
 
 
-def _write_parquet(path: Path, rows: list[dict[str, Any]], features: Any, index: int) -> None:
+def _write_parquet(path: Path, rows: list[dict[str, Any]], schema: Any, index: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if "image" in features:
+    if "image" in schema.names:
         rows = [{**row, "image": {"bytes": row["image"], "path": None}} for row in rows]
-    table = pa.Table.from_pylist(rows, schema=features.arrow_schema)
+    table = pa.Table.from_pylist(rows, schema=schema)
     pq.write_table(table, path, row_group_size=ROW_GROUP, compression="zstd")
 
 
-def _write_tar(path: Path, rows: list[dict[str, Any]], features: Any, index: int) -> None:
+def _write_tar(path: Path, rows: list[dict[str, Any]], schema: Any, index: int) -> None:
     """Members are named by number: what a source calls its records is data, and never a path."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
         for number, row in enumerate(rows):
-            fields = {name: value for name, value in row.items() if name != "image"}
-            if "image" in features:
-                _add_member(archive, f"{index:05d}{number:05d}.{extension_of(row['image'])}", row["image"])
+            # Only texts can be null. `datasets` learns types from the first few records: of nulls it learns none.
+            fields = {name: "" if value is None else value for name, value in row.items() if name != "image"}
+            if "image" in schema.names:
+                _add_member(archive, f"{index:05d}{number:05d}.{PICTURE_MEMBER}", row["image"])
             content = json.dumps(fields, ensure_ascii=False, sort_keys=True).encode()
             _add_member(archive, f"{index:05d}{number:05d}.json", content)
 
@@ -137,12 +138,7 @@ def _add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(member, io.BytesIO(content))
 
 
-_WRITERS = {"parquet": _write_parquet, "webdataset": _write_tar}
-
-
-def extension_of(data: bytes) -> str:
-    """Say which of the two formats of the output a picture has."""
-    return {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}[Image.open(io.BytesIO(data)).format or ""]
+_WRITERS = {".parquet": _write_parquet, ".tar": _write_tar}
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
