@@ -113,6 +113,17 @@ def test_pictures_are_rendered_at_the_size_asked_for_with_the_first_picture_of_a
         assert row["image"].getpixel((12, 12)) == expected
 
 
+def test_data_made_elsewhere_under_the_same_name_are_not_taken_for_those_read_before(
+    tmp_path: Path, cache: Path
+) -> None:
+    from datasets import load_dataset
+
+    for place, size in (("here", 16), ("there", 24)):
+        build(tmp_path / place / "emoji", cache, size)
+        rows = load_dataset(str(tmp_path / place / "emoji"), split="train", cache_dir=str(tmp_path / "datasets"))
+        assert rows[0]["image"].size == (size, size)
+
+
 def test_a_picture_that_is_not_square_is_centred_on_white() -> None:
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 8">{SQUARE.format(color="#f00")}</svg>'
     picture = emoji.render_svg(svg, 32)

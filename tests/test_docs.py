@@ -273,7 +273,7 @@ def workshop(tmp_path_factory) -> Path:
     (data / "data").mkdir(parents=True)
     for split, own in rows.items():
         emoji._write_shard(data / "data" / f"{split}-00000-of-00001.parquet", own, 64)
-    (data / "README.md").write_text(emoji.dataset_card(64, {split: len(own) for split, own in rows.items()}))
+    emoji.write_card(data, 64, {split: len(own) for split, own in rows.items()})
     mars = (sys.executable, "-m", "mars_hf.cli")
     run(*mars, "export", "mars-emoji", cwd=folder)
     encode = ("data", "encode", "--data", "data/emoji-64", "--size", "64", "64")

@@ -41,7 +41,7 @@ def write_data(folder: Path, size: int) -> None:
             names = {"caption_en": f"square {number}", "caption_zh": f"方块{number}"}
             rows.append({"svg": svg, **names, "style": "noto", "hexcode": f"{number:X}"})
         emoji._write_shard(folder / "data" / f"{split}-00000-of-00001.parquet", rows, size)
-    (folder / "README.md").write_text(emoji.dataset_card(size, dict.fromkeys(emoji.SPLITS, 6)))
+    emoji.write_card(folder, size, dict.fromkeys(emoji.SPLITS, 6))
 
 
 def test_the_training_scripts_lead_from_data_to_a_drawing(tmp_path: Path, make_text_model, tiny_processor) -> None:

@@ -278,7 +278,7 @@ def build_emoji_dataset(out: str | Path, size: int = 64, cache_dir: str | Path |
             if not path.exists():
                 _write_shard(path, rows, size)
             bar.update(len(rows))
-    (out / "README.md").write_text(dataset_card(size, counts), encoding="utf-8")
+    write_card(out, size, counts)
     return counts
 
 
@@ -286,11 +286,25 @@ def _packages() -> list[EmojiPackage]:
     return [*STYLES.values(), NAMES]
 
 
-def dataset_card(size: int, counts: dict[str, int]) -> str:
-    """Write the data set's card: what it holds, how it was split, and every licence."""
+def write_card(folder: Path, size: int, counts: dict[str, int]) -> None:
+    """
+    Write the data set's card: what it holds, how it was split, and every licence.
+
+    It names the bytes of each split. `datasets` keeps what it has read under a folder's name and the head of its card:
+    without them, data made anew or elsewhere under the same name would be taken for those read before.
+    """
+    sizes = {split: sum(file.stat().st_size for file in folder.glob(f"data/{split}-*.parquet")) for split in counts}
+    (folder / "README.md").write_text(_dataset_card(size, counts, sizes), encoding="utf-8")
+
+
+def _dataset_card(size: int, counts: dict[str, int], num_bytes: dict[str, int]) -> str:
     rows = "\n".join(f"| {p.name} | {p.version} | {p.license} | {p.holder} | {p.source} |" for p in _packages())
     lines = "\n".join(f"| {split} | {count} |" for split, count in counts.items())
     files = "\n".join(f"  - split: {split}\n    path: data/{split}-*.parquet" for split in SPLITS)
+    splits = "\n".join(
+        f"  - name: {split}\n    num_bytes: {num_bytes[split]}\n    num_examples: {count}"
+        for split, count in counts.items()
+    )
     return f"""---
 language: [en, zh]
 license: other
@@ -301,6 +315,10 @@ configs:
 - config_name: default
   data_files:
 {files}
+dataset_info:
+  config_name: default
+  splits:
+{splits}
 ---
 # Emoji in four styles, with English and Chinese names
 
