@@ -128,7 +128,7 @@ def distance_at_128(base: Path, enlarger: Enlarger | None) -> float:
     rows = load_dataset(str(options.data / "emoji-128"), split="test").shuffle(seed=0)
     rows = rows.select(range(min(options.pictures, len(rows))))
     captions = [with_style(row["caption_en"], row["style"], "en") for row in rows.remove_columns("image")]
-    truth = processor.image_processor(rows["image"], do_resize=False, return_tensors="pt")["pixel_values"]
+    truth = processor.image_processor(list(rows["image"]), do_resize=False, return_tensors="pt")["pixel_values"]
     generator, drawn = torch.Generator().manual_seed(0), []
     for start in tqdm(range(0, len(captions), 20), desc="Drawing", unit="batch", leave=False):
         texts = captions[start : start + 20]

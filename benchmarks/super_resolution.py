@@ -46,7 +46,7 @@ if factor is None:
 records = load_dataset(options.data, split=options.split).shuffle(seed=0)
 records = records.select(range(min(options.pictures, len(records))))
 captions = [with_style(row["caption_en"], row["style"], "en") for row in records.remove_columns("image")]
-truth = processor.image_processor(records["image"], do_resize=False, return_tensors="pt")["pixel_values"]
+truth = processor.image_processor(list(records["image"]), do_resize=False, return_tensors="pt")["pixel_values"]
 small = scale_down(truth, factor)
 
 
