@@ -4,8 +4,8 @@ of Inference Endpoints.
 
 `save_pretrained` notes one Auto class for each object and copies code only for registered ones; here every entry is
 written, so that a process without mars_hf loads all of them with `trust_remote_code=True`. Nothing in this file needs
-torch, but for the pictures of a gallery: a folder is completed by copying files and editing their JSON, and weights
-are carried over as they are stored.
+torch, but for the pictures of a gallery and for weights that are rounded, split or stored against a base: a folder is
+completed by copying files and editing their JSON.
 """
 
 import json
@@ -73,6 +73,7 @@ REQUIREMENTS = (
     "numpy>=1.26",
     "pillow>=10.1",
 )
+ENLARGER = "super_resolution"  # folder of a model that travels inside, as `super_resolution_mars.FOLDER`
 GALLERY = "gallery"  # folder of the pictures that the card shows
 # What a checkpoint folder holds for its reader. Code is written anew, and what only training needs stays behind.
 _CARRIED_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt")
@@ -263,28 +264,22 @@ def export_folder(
 
 def _enlarger_of(source: Path, asked: str | os.PathLike | None) -> Path | None:
     """Find the model of super-resolution to carry along, and hold it to what it has to be."""
-    from mars_hf.super_resolution_mars import FOLDER
-    from mars_hf.weights_mars import weight_files, weights_digest
-
-    if asked is None and not (source / FOLDER).is_dir():
+    folder = source / ENLARGER if asked is None else Path(asked)
+    if asked is None and not folder.is_dir():
         return None
-    folder = source / FOLDER if asked is None else Path(asked)
     require_checkpoint(folder)
     config = _read_json(folder / "config.json")
     if config.get("super_resolution_factor") is None:
         raise ValueError(f"{folder} draws from text alone: `super_resolution` must be a model of super-resolution.")
     base = config.get("base_checkpoint")
-    if base is not None and base["sha256"] != weights_digest(weight_files(source)):
+    if base is not None and base["sha256"] != _digest(source):
         raise ValueError(f"{folder} is stored against other weights than {source}: give it as it was trained.")
     return folder
 
 
 def _carry_enlarger(source: Path, out: Path, dtype: str | None) -> None:
     """Put a model of super-resolution into the folder of its base, which holds the code for both."""
-    from mars_hf.super_resolution_mars import FOLDER
-    from mars_hf.weights_mars import weight_files, weights_digest
-
-    folder = out / FOLDER
+    folder = out / ENLARGER
     folder.mkdir()
     for path in source.iterdir():
         if path.suffix in _CARRIED_SUFFIXES and path.name not in _LEFT_BEHIND:
@@ -294,8 +289,7 @@ def _carry_enlarger(source: Path, out: Path, dtype: str | None) -> None:
     if _read_json(folder / "config.json").get("base_checkpoint") is None:
         store_against_base(folder, out)
     else:  # whose weights may have been rounded or split just now
-        digest = weights_digest(weight_files(out))
-        _edit_json(folder / "config.json", base_checkpoint={"path": "..", "sha256": digest})
+        _edit_json(folder / "config.json", base_checkpoint={"path": "..", "sha256": _digest(out)})
 
 
 def store_against_base(folder: str | Path, base: str | Path) -> Path:
@@ -315,7 +309,7 @@ def store_against_base(folder: str | Path, base: str | Path) -> Path:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from mars_hf.weights_mars import weight_files, weights_digest
+    from mars_hf.weights_mars import weight_files
 
     folder, base = Path(folder), Path(base)
     if base.resolve() not in folder.resolve().parents:
@@ -329,7 +323,7 @@ def store_against_base(folder: str | Path, base: str | Path) -> Path:
     missing = sorted(shared.keys() - own.keys())
     if missing:
         raise ValueError(f"{base} holds tensors that {folder} does not have: {', '.join(missing)}.")
-    digest = weights_digest(weight_files(base))
+    digest = _digest(base)
     scratch = folder / "model.safetensors.part"
     save_file(kept, scratch, metadata={"format": "pt"})
     for file in files:
@@ -339,6 +333,12 @@ def store_against_base(folder: str | Path, base: str | Path) -> Path:
     path = Path(os.path.relpath(base, folder)).as_posix()
     _edit_json(folder / "config.json", base_checkpoint={"path": path, "sha256": digest})
     return folder
+
+
+def _digest(folder: Path) -> str:
+    from mars_hf.weights_mars import weight_files, weights_digest
+
+    return weights_digest(weight_files(folder))
 
 
 def _require_prompts(gallery: int, facts: CardFacts) -> None:
@@ -562,7 +562,7 @@ def model_card(folder: Path, facts: CardFacts, results: dict[str, Any] | None = 
     context = config.get("text_config", {}).get("max_position_embeddings", 2048)
     quoted = [json.dumps(prompt, ensure_ascii=False) for prompt in facts.prompts]
     request = json.dumps({"inputs": facts.prompts[0], "parameters": {"seed": 0}}, ensure_ascii=False)
-    enlarger = folder / "super_resolution"
+    enlarger = folder / ENLARGER
     larger, enlarging = "", ""
     if enlarger.is_dir():
         times = _read_json(enlarger / "config.json")["super_resolution_factor"]
