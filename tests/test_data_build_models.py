@@ -16,11 +16,13 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModel, AutoProcessor, LlavaForConditionalGeneration
 
 from mars_hf import MarsForConditionalGeneration
+from mars_hf.data import encode
 from mars_hf.data.build import models
 from mars_hf.data.build.engine import connected, run
-from mars_hf.data.build.models import load_head, load_vqgan
+from mars_hf.data.build.models import load_head
 from mars_hf.data.build.pipeline import build_dataset
 from mars_hf.data.build.recipe import Engine, load_recipe
+from mars_hf.data.encode import load_image_tokenizer
 from mars_hf.data.records import RecordRules, open_records, validate_records
 from mars_hf.training.collation import AlignedCollator
 from mars_hf.training.mixture import MixtureDataset, Source
@@ -212,10 +214,10 @@ def test_the_prompt_is_the_one_that_the_processor_writes(tmp_path: Path, raw: Pa
 
 def test_only_the_vqgan_of_a_mars_is_loaded(mars_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    checkpoint = models.Checkpoint
+    checkpoint = encode.Checkpoint
     look_up = checkpoint.__getitem__
     monkeypatch.setattr(checkpoint, "__getitem__", lambda self, name: (read.append(name), look_up(self, name))[1])
-    vqgan = load_vqgan(str(mars_folder))
+    vqgan, _ = load_image_tokenizer(mars_folder)
     whole = MarsForConditionalGeneration.from_pretrained(mars_folder).vqgan
     assert all(name.startswith("vqgan.") for name in read)
     assert vqgan.state_dict().keys() == whole.state_dict().keys()
@@ -287,7 +289,11 @@ def test_what_the_papers_recipe_builds_is_what_its_second_stage_reads(
     head = load_file(head_file)
     head["layers.10.bias"] += part.min_score - float(np.median(true_scores["score_aesthetic"]))  # half of them pass
     save_file(head, head_file)
-    answer = lambda self, pictures, prompt: [f"{prompt[:9]} {i}" for i in range(len(pictures))]  # noqa: E731
+
+    def answer(self, pictures, prompt):
+        """What a random model says is not known beforehand; that one is asked is tested above."""
+        return [f"{prompt[:9]} {i}" for i in range(len(pictures))]
+
     monkeypatch.setattr(models.Captioner, "__call__", answer)
     recipe = recipe_of(
         tmp_path / "out", folder_source(raw), **scoring(clip_folder, head_file),

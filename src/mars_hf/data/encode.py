@@ -152,7 +152,7 @@ def encode_records(
     if lowres_factor is not None:
         recipe["lowres_factor"] = lowres_factor
     num_records = None if isinstance(dataset, IterableDataset) else len(dataset)
-    manifest, done = open_manifest(out, _tokenizer_of(vqgan), recipe, split, num_records)
+    manifest, done = open_manifest(out, describe_tokenizer(vqgan), recipe, split, num_records)
     bad_records = BadRecords("skip", limit, num_records, done["seen"], reasons=Counter(done["left_out"]))
     if done["complete"]:
         return bad_records
@@ -268,7 +268,8 @@ def _pixels(image: Any, to_pixels: Callable[..., Any]) -> torch.Tensor:
         raise BadRecordError("unreadable picture", f"{error}") from error
 
 
-def _tokenizer_of(vqgan: "VQModel") -> dict[str, Any]:
+def describe_tokenizer(vqgan: "VQModel") -> dict[str, Any]:
+    """Say what tells an image tokenizer from another one: the `"tokenizer"` of a `codes.json`."""
     factor = 2 ** (len(vqgan.config.block_out_channels) - 1)
     numbers = {"downsample_factor": factor, "codebook_size": vqgan.config.num_vq_embeddings}
     return {"fingerprint": tokenizer_fingerprint(vqgan), **numbers}

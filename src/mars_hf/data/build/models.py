@@ -7,7 +7,6 @@ the records alone, and sums run on one thread of a processor, so that numbers ar
 
 import functools
 import io
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,18 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import VQModel
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
 from ... import register
-from ...configuration_mars import MarsConfig
 from ...conversion.checkpoints import Checkpoint
 from ...evaluation.provenance import fingerprint
 from ...image_processing_mars import MarsImageProcessorPil, encode_pixels
-from ..records import tokenizer_fingerprint
+from ..encode import describe_tokenizer, load_image_tokenizer
 from .pictures import clean_text
 from .recipe import LANGUAGES, Recipe
 
@@ -204,9 +201,8 @@ class CodeEncoder:
 
     def __init__(self, recipe: Recipe):
         self.settings = recipe.codes
-        self.vqgan = load_vqgan(self.settings.model).eval().to(_device())
-        factor = downsample_factor(self.vqgan.config)
-        self.image_processor = MarsImageProcessorPil(do_resize=False, downsample_factor=factor)
+        self.vqgan, stored = load_image_tokenizer(self.settings.model, _device())
+        self.image_processor = MarsImageProcessorPil(do_resize=False, downsample_factor=stored.downsample_factor)
 
     def __call__(self, pictures: list[Image.Image]) -> list[dict[str, Any]]:
         """Give for each picture `image_codes` in raster order, `codes_height` and `codes_width`."""
@@ -244,60 +240,19 @@ def check_models(recipe: Recipe) -> dict[str, Any]:
     names += [stage.head for stage in (recipe.aesthetic,) if stage]
     found: dict[str, Any] = {name: _identity(name) for name in names}
     if recipe.codes:
-        factor = downsample_factor(vq_config_of(recipe.codes.model))
+        vqgan, _ = load_image_tokenizer(recipe.codes.model)
+        found["codes"] = describe_tokenizer(vqgan)
+        factor = found["codes"]["downsample_factor"]
         if recipe.resize.multiple_of % factor:
             raise ValueError(
                 f"A code of {recipe.codes.model} stands for {factor} x {factor} px: `resize.multiple_of` must be a "
                 f"multiple of {factor}, got {recipe.resize.multiple_of}."
             )
-        vqgan = load_vqgan(recipe.codes.model)
-        numbers = {"downsample_factor": factor, "codebook_size": vqgan.config.num_vq_embeddings}
-        found["codes"] = {"fingerprint": tokenizer_fingerprint(vqgan), **numbers}
     return found
 
 
 def _identity(name: str) -> str | None:
     return fingerprint(name) if Path(name).exists() else AutoConfig.from_pretrained(name)._commit_hash
-
-
-def downsample_factor(vq_config: Mapping[str, Any]) -> int:
-    """Say how many pixels wide the square is that a code stands for."""
-    return 2 ** (len(vq_config["block_out_channels"]) - 1)
-
-
-def vq_config_of(name: str) -> dict[str, Any]:
-    """
-    Read the configuration of the VQ-GAN of a MARS, or of a diffusers `VQModel`.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    config = json.loads((_folder_of(name) / "config.json").read_text(encoding="utf-8"))
-    if config.get("_class_name") == "VQModel":
-        return config
-    if config.get("model_type") != "mars" or config.get("vq_config") is None:
-        raise ValueError(f"{name} is neither a MARS that carries its VQ-GAN nor a diffusers VQModel.")
-    return MarsConfig.from_pretrained(_folder_of(name)).vq_config
-
-
-def load_vqgan(name: str) -> VQModel:
-    """Load the VQ-GAN of a MARS without the rest of it, or a diffusers `VQModel`."""
-    config, folder = vq_config_of(name), _folder_of(name)
-    if "_class_name" in config:
-        return VQModel.from_pretrained(folder)
-    vqgan = VQModel.from_config(config)
-    tensors = Checkpoint.find(folder)
-    own = {n.removeprefix("vqgan."): tensors[n] for n in tensors if n.startswith("vqgan.")}
-    vqgan.load_state_dict(own)
-    return vqgan
-
-
-def _folder_of(name: str) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name))
 
 
 def open_all(records: list[dict[str, Any]]) -> list[Image.Image]:
