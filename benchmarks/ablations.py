@@ -65,7 +65,7 @@ parser.add_argument("--out", required=True, type=Path)
 parser.add_argument("--arms", nargs="+", choices=[*STAGES, *PREDICTION], default=[*STAGES, *PREDICTION])
 parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
 parser.add_argument("--steps", type=int, default=1000, help="of Stage I alone, 4,096 labelled codes each")
-parser.add_argument("--pictures", type=int, default=200, help="to judge by")
+parser.add_argument("--pictures", type=int, default=200, help="to judge by; the Fréchet distance takes more than 32")
 parser.add_argument("--compile", action="store_true", help="takes a C++ compiler")
 options = parser.parse_args()
 
