@@ -281,6 +281,16 @@ def test_names_in_archives_are_never_paths_and_broken_archives_are_counted(tmp_p
     assert now - before == {tmp_path / "out"} and not Path("/tmp/evil.png").exists()
 
 
+def test_shards_may_be_links_as_in_a_snapshot_of_the_hub(tmp_path: Path) -> None:
+    whole = tar_of(tmp_path / "blobs" / "0f3a", [("1.png", encoded(smooth_picture(1))), ("1.txt", b"one")])
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    (snapshot / "train-0.tar").symlink_to(whole)
+    (snapshot / "train-1.tar").symlink_to(tmp_path / "blobs" / "missing")
+    build_dataset(recipe_of(tmp_path / "out", tar_source(snapshot / "*.tar")), progress=False)
+    assert [record["key"] for record in records_of(tmp_path / "out")] == ["raw/train-0/1"]
+
+
 def test_the_report_shows_text_of_strangers_as_text(tmp_path: Path, raw: Path) -> None:
     attack = "<script>alert(1)</script> {{ 7*7 }} ${7*7} {% raw %} '\"> <img src=x onerror=alert(1)>"
     put(raw, "kept.png", encoded(smooth_picture(50)), attack)

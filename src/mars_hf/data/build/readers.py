@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import tarfile
 import unicodedata
 from collections import defaultdict
@@ -92,7 +93,11 @@ def _file_shards(source: Source) -> list[Shard]:
 
     files, path = fsspec.core.url_to_fs(source.path)
     found = files.glob(path, detail=True)
-    entries = sorted((name, info) for name, info in found.items() if info["type"] == "file")
+    entries = sorted(
+        (name, info)
+        for name, info in found.items()
+        if info["type"] == "file" or (info.get("islink") and files.isfile(name))  # a snapshot of the Hub is of links
+    )
     folder = os.path.commonpath([os.path.dirname(name) for name, _ in entries]) if entries else ""
     return [
         Shard(
@@ -434,8 +439,13 @@ READERS: dict[str, Callable[[Shard, Source, int], Iterator[Item]]] = {
 }
 
 
+_PLAIN_KEY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)  # no part begins with a dot
+
+
 def _is_safe_key(key: str) -> bool:
     """A key names nothing outside a folder on any system, should somebody unpack files under it."""
+    if len(key) <= MAX_KEY_CHARACTERS and _PLAIN_KEY.fullmatch(key):
+        return True  # nearly all, and `pathlib` takes a tenth of what decoding a picture does
     if not key or len(key) > MAX_KEY_CHARACTERS or key != _printable(key):
         return False
     parts = (*PurePosixPath(key).parts, *PureWindowsPath(key).parts)
@@ -443,5 +453,7 @@ def _is_safe_key(key: str) -> bool:
 
 
 def _printable(text: str) -> str:
+    if text.isprintable():
+        return text[:MAX_KEY_CHARACTERS]
     shown = "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
     return shown[:MAX_KEY_CHARACTERS]
