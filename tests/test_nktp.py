@@ -100,7 +100,10 @@ def test_a_layout_is_that_of_a_row_worked_by_hand():
 def rows_with_pictures(model, k, counts=(10, 7), seed=0):
     """Text, picture, text, picture, text; partial last blocks; K copies of `<img>`."""
     config, rng = model.config, torch.Generator().manual_seed(seed)
-    text = lambda n: torch.randint(3, config.text_vocab_size, (n,), generator=rng).tolist()  # noqa: E731
+
+    def text(count):
+        return torch.randint(3, config.text_vocab_size, (count,), generator=rng).tolist()
+
     row = text(4)
     for count in counts:
         codes = torch.randint(0, config.codebook_size, (count,), generator=rng) + config.image_token_offset
@@ -279,7 +282,10 @@ def test_beginnings_of_different_lengths_stand_in_one_batch(model):
 
 def test_rows_with_generators_of_their_own_draw_what_each_draws_alone(model):
     prompt = torch.tensor([[5, 6, 7], [9, 8, 7]])
-    seeds = lambda: [torch.Generator().manual_seed(seed) for seed in (3, 4)]  # noqa: E731
+
+    def seeds():
+        return [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+
     both = draw(model, prompt, codes_per_step=3, do_sample=True, generator=seeds())
     for row, generator in enumerate(seeds()):
         alone = draw(model, prompt[row : row + 1], codes_per_step=3, do_sample=True, generator=[generator])

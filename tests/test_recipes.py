@@ -330,11 +330,17 @@ def test_a_model_is_built_of_the_language_model_that_the_folder_holds(
     plain = {token: number for token, number in tiny_processor.tokenizer.get_vocab().items() if number < 256}
     Qwen2Tokenizer(vocab={**plain, "<|endoftext|>": 256}, merges=[]).save_pretrained(tmp_path / "text")
     make_vqgan().save_pretrained(tmp_path / "vqgan")
-    model, _ = build_model(ModelPart(text=str(tmp_path / "text"), vqgan=str(tmp_path / "vqgan")))
+    parts = {"text": str(tmp_path / "text"), "vqgan": str(tmp_path / "vqgan")}
+    model, _ = build_model(ModelPart(**parts))
     assert model.config.text_config.model_type == family
     words = torch.arange(40, 50)[None]
     with torch.no_grad():
         assert torch.allclose(model(words).logits[..., :264], text(words).logits, atol=1e-5)
+
+    rounded, _ = build_model(ModelPart(**parts, frozen_dtype="bfloat16"))
+    frozen = {name: weight for name, weight in rounded.named_parameters() if not weight.requires_grad}
+    assert {weight.dtype for weight in frozen.values()} == {torch.float32}
+    assert all(torch.equal(weight, model.get_parameter(name).bfloat16().float()) for name, weight in frozen.items())
 
 
 def test_records_that_do_not_fit_are_refused_before_the_first_step(folder):

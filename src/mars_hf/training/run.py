@@ -10,6 +10,7 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,8 @@ def build_model(part: ModelPart) -> tuple[MarsForConditionalGeneration, MarsProc
         text = AutoModelForCausalLM.from_pretrained(part.text, dtype=torch.float32, attn_implementation=_attention())
         vqgan = VQModel.from_pretrained(part.vqgan)
         if part.frozen_dtype is not None:
-            for frozen in (text, vqgan):
-                frozen.to(getattr(torch, part.frozen_dtype)).to(torch.float32)
+            for weight in chain(text.parameters(), vqgan.parameters()):
+                weight.data = weight.data.to(getattr(torch, part.frozen_dtype)).to(torch.float32)
         model = MarsForConditionalGeneration.from_text_and_vq(text, vqgan, **part.config)
         processor = MarsProcessor.from_text_tokenizer(AutoTokenizer.from_pretrained(part.text), model.config)
     if part.image_defaults:
