@@ -37,6 +37,11 @@ def run_python(code: str, *arguments: str, **environment: str) -> str:
     return done.stdout
 
 
+def test_a_processor_loads_without_a_word_before_anything_is_registered() -> None:
+    code = "import sys; sys.stderr = sys.stdout; from mars_hf import DEFAULT_CHECKPOINT, MarsProcessor; "
+    assert run_python(code + "MarsProcessor.from_pretrained(DEFAULT_CHECKPOINT)") == ""
+
+
 # What may be imported
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 
 from .code_order_mars import (
@@ -170,6 +170,8 @@ class MarsProcessor(ProcessorMixin):
         pil = kwargs.pop("backend", None) == "pil"
         image_processor_class = MarsImageProcessorPil if pil else MarsImageProcessor
         image_processor = image_processor_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        # Its own file names its class; in the model's configuration the library would not know the type, and warn.
+        kwargs.setdefault("config", PreTrainedConfig())
         return [image_processor, AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)]
 
     def to_dict(self) -> dict[str, Any]:
