@@ -61,11 +61,12 @@ MIB = 2**20
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--folder", type=Path, required=True, help="where to work; created, and removed afterwards")
-parser.add_argument("--shards", type=int, default=20, help="shards of the first table")
-parser.add_argument("--records", type=int, default=200, help="pictures of a shard")
+parser.add_argument("--shards", type=int, default=8, help="shards of the first table")
+parser.add_argument("--records", type=int, default=1000, help="pictures of a shard of the first table")
 parser.add_argument("--repeats", type=int, default=3)
 parser.add_argument("--few", type=int, default=10, help="shards of the second table")
 parser.add_argument("--many", type=int, default=100)
+parser.add_argument("--few-records", type=int, default=200, help="pictures of a shard of the second table")
 parser.add_argument("--plant", type=Path, help="folder of the emoji data: plant files among them and look for them")
 parser.add_argument("--run", choices=["bare", "ray", "once"], help="what this script starts itself with")
 parser.add_argument("--out", type=Path, help="of --run")
@@ -153,7 +154,7 @@ def run_ray(shards: list[Path], out: Path, records: int) -> int:
 
 
 def timed(options: argparse.Namespace) -> None:
-    """Warm up, measure once, print seconds and records."""
+    """Warm up, measure once without the start and end of processes, print seconds and records."""
     shards = sorted((options.folder / "shards").glob("*.tar"))
     warm = sorted((options.folder / "warm").glob("*.tar"))
     if options.run == "bare":
@@ -161,12 +162,14 @@ def timed(options: argparse.Namespace) -> None:
             run_bare(pool, warm, options.out / "warm")
             started = time.perf_counter()
             count = run_bare(pool, shards, options.out / "out")
+            seconds = time.perf_counter() - started
     else:
         with connected(Engine(workers=WORKERS, object_store_bytes=OBJECT_STORE)):
             run_ray(warm, options.out / "warm", WARM_RECORDS)  # a file for each worker
             started = time.perf_counter()
             count = run_ray(shards, options.out / "out", options.records)
-    print(json.dumps({"seconds": time.perf_counter() - started, "records": count}))
+            seconds = time.perf_counter() - started
+    print(json.dumps({"seconds": seconds, "records": count}))
 
 
 def start(options: argparse.Namespace, run: str, folder: Path) -> subprocess.Popen:
@@ -237,7 +240,7 @@ def compare(options: argparse.Namespace) -> None:
     print(f"\nratio {medians['ray'] / medians['bare']:.2f}; records written: {counts}")
     shutil.rmtree(folder / "shards")
 
-    peaks = {}
+    peaks, options.records = {}, options.few_records
     for count in (options.few, options.many):
         fill(folder / "shards", count, options.records)
         peaks[count] = peak_memory(options, folder)
