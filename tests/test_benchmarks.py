@@ -34,7 +34,8 @@ def test_every_system_draws_and_stands_in_the_table_of_the_generation_benchmark(
     assert len(cell) == len(titles)
     for times in cell.values():
         assert len(times["seconds"]) == 2 and min(times["seconds"]) > 0
-        assert all(prefill < min(times["seconds"]) for prefill in times["prefill"])
+        calls = times["seconds"] if times["prefill"] else []  # a compiled call is not taken apart
+        assert all(prefill < call for prefill, call in zip(times["prefill"], calls, strict=True))
     assert [len(data[part]) for part in ("bookkeeping", "prefill")] == [6, 2]
     assert all(0 < share < 1 for result in data["bookkeeping"].values() for share in result["share"])
 
