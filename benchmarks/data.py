@@ -66,7 +66,7 @@ parser.add_argument("--records", type=int, default=1000, help="pictures of a sha
 parser.add_argument("--repeats", type=int, default=3)
 parser.add_argument("--few", type=int, default=10, help="shards of the second table")
 parser.add_argument("--many", type=int, default=100)
-parser.add_argument("--few-records", type=int, default=200, help="pictures of a shard of the second table")
+parser.add_argument("--memory-records", type=int, default=200, help="pictures of a shard of the second table")
 parser.add_argument("--plant", type=Path, help="folder of the emoji data: plant files among them and look for them")
 parser.add_argument("--run", choices=["bare", "ray", "once"], help="what this script starts itself with")
 parser.add_argument("--out", type=Path, help="of --run")
@@ -154,7 +154,7 @@ def run_ray(shards: list[Path], out: Path, records: int) -> int:
 
 
 def timed(options: argparse.Namespace) -> None:
-    """Warm up, measure once without the start and end of processes, print seconds and records."""
+    """Warm up, measure once (neither the start nor the end of processes), print seconds and records."""
     shards = sorted((options.folder / "shards").glob("*.tar"))
     warm = sorted((options.folder / "warm").glob("*.tar"))
     if options.run == "bare":
@@ -240,7 +240,7 @@ def compare(options: argparse.Namespace) -> None:
     print(f"\nratio {medians['ray'] / medians['bare']:.2f}; records written: {counts}")
     shutil.rmtree(folder / "shards")
 
-    peaks, options.records = {}, options.few_records
+    peaks, options.records = {}, options.memory_records
     for count in (options.few, options.many):
         fill(folder / "shards", count, options.records)
         peaks[count] = peak_memory(options, folder)
