@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from transformers import GenerationConfig, LogitsProcessor, MaxTimeCriteria
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, MaxTimeCriteria
 
 
 @pytest.fixture
@@ -325,6 +325,9 @@ def test_pictures_come_back_as_pixels_for_every_sequence(make_model):
         ({"guidance_scale": 2.0, "negative_input_ids": torch.tensor([[3000]])}, "got 3000"),
         ({"stopping_criteria": [MaxTimeCriteria(1.0)]}, "`stopping_criteria` is not possible"),
         ({"output_attentions": True}, "`output_attentions` is not possible"),
+        ({"past_key_values": DynamicCache()}, "`past_key_values` is not possible"),  # empty, and asked for
+        ({"visual_mask": torch.zeros(1, 4, dtype=torch.bool)}, "`visual_mask` is not possible"),
+        ({"position_ids": torch.zeros(1, 4, dtype=torch.long)}, "`position_ids` is not possible"),
         ({"prompt_lookup_num_tokens": 3}, "assisted"),
         ({"height": 16, "width": None}, "together"),
         ({"height": 16, "width": 16, "image_sizes": [[[8, 8]]]}, "contradict"),

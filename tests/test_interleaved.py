@@ -157,6 +157,7 @@ def test_cells_of_every_picture_are_those_of_the_forward(make_model):
     ("kwargs", "message"),
     [
         ({"num_beams": 2}, "no beams"),
+        ({"output_scores": True}, "`output_scores` is not possible"),
         ({"image_kwargs": {"top_q": 3}}, "does not know `top_q`"),
         ({"image_kwargs": {"guidance_scale": -1.0}}, "0 or more"),
         ({"image_kwargs": {"guidance_scale": 2.0}}, "needs `negative_input_ids`"),

@@ -53,10 +53,8 @@ logger = logging.get_logger(__name__)
 GENERATION_MODES = ("text", "image", "interleaved")
 CACHE_LENGTH_MULTIPLE = 128  # of static caches
 IMAGE_SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "guidance_scale")
-# What the drawing loop would not honour, and therefore refuses.
-NOT_IN_IMAGE_MODE = (
-    "stopping_criteria",
-    "max_time",
+# What the drawing loops would not honour, and therefore refuse: in both modes, and in one of them.
+REFUSED = (
     "stop_strings",
     "past_key_values",
     "inputs_embeds",
@@ -69,7 +67,7 @@ NOT_IN_IMAGE_MODE = (
     "output_attentions",
     "output_logits",
 )
-ALSO_IN_INTERLEAVED_MODE = ("stopping_criteria", "max_time")
+REFUSED_IN_MODE = {"image": ("stopping_criteria", "max_time"), "interleaved": ("output_scores",)}
 DRAWING_ARGUMENTS = (
     "height",
     "width",
@@ -97,6 +95,11 @@ VOCABULARY_BLIND = (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
 )
+
+
+def _is_no_wish(value: Any) -> bool:
+    """Whether a setting asks for nothing. A tensor asks for something, and so does a cache that is still empty."""
+    return value is None or value is False or (isinstance(value, list) and not value)
 
 
 def code_warpers(settings: dict[str, Any]) -> LogitsProcessorList:
@@ -307,8 +310,8 @@ class MarsGenerationMixin(GenerationMixin):
         """Refuse what the drawing loops cannot do; give the prompt."""
         if input_ids is None:
             raise ValueError(f'`generation_mode="{mode}"` needs `input_ids` as its prompt.')
-        refused = [name for name in NOT_IN_IMAGE_MODE if mode == "image" or name not in ALSO_IN_INTERLEAVED_MODE]
-        if ignored := [name for name in refused if setting(name)]:
+        given = {name: setting(name) for name in (*REFUSED_IN_MODE[mode], *REFUSED)}
+        if ignored := [name for name, value in given.items() if not _is_no_wish(value)]:
             raise ValueError(f'`{ignored[0]}` is not possible with `generation_mode="{mode}"`. Leave it out.')
         has_cache = setting("use_cache", True) and setting("cache_implementation") != "paged"
         if setting("num_beams", 1) != 1 or not has_cache:
