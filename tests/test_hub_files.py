@@ -22,6 +22,7 @@ import mars_hf
 from mars_hf import hub
 from mars_hf.configuration_mars import MARS_FORMAT
 from mars_hf.evaluation.provenance import fingerprint
+from mars_hf.training.run import with_other_config
 
 PACKAGE = Path(mars_hf.__file__).parent
 LIBRARIES = {"torch", "transformers", "diffusers", "PIL", "numpy"}
@@ -441,6 +442,21 @@ def test_every_block_of_the_card_runs_as_pasted(tmp_path: Path, exported: Path) 
     for number in range(2):
         with Image.open(tmp_path / f"picture-{number}.png") as picture:
             assert picture.size == (json.loads((exported / "config.json").read_text())["default_image_size"],) * 2
+
+
+@pytest.mark.integration
+def test_the_card_of_a_model_of_super_resolution_runs_as_pasted(tmp_path: Path, tiny_model, tiny_processor) -> None:
+    changes = {"super_resolution_factor": 2, "default_image_size": 32}
+    model, processor = with_other_config(tiny_model, tiny_processor, changes)
+    out = hub.export_checkpoint(model, processor, tmp_path / "mars-tiny-large")
+    blocks = re.findall(r"```(\w*)\n(.*?)```", (out / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert [language for language, _ in blocks] == ["bash", "python"]
+    code = f"{BARE}\nimport os\nos.chdir({str(tmp_path)!r})\n{blocks[1][1]}"
+    run_python(code, HF_HOME=str(tmp_path / "home"), HF_MODULES_CACHE=str(tmp_path / "modules"))
+    with Image.open(tmp_path / "large.png") as picture:
+        assert picture.size == (32, 32)
+    with pytest.raises(ValueError, match="nothing from text alone: leave `gallery` out"):
+        hub.export_folder(out, tmp_path / "other", hub.CardFacts(), gallery=1)
 
 
 @pytest.mark.integration

@@ -185,7 +185,7 @@ def export_checkpoint(
             fewer prompts than `gallery`.
     """
     facts = facts or CardFacts()
-    _require_prompts(gallery, facts)
+    _require_prompts(gallery, facts, model.config.to_dict())
     with _new_folder(Path(out), overwrite) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -241,7 +241,7 @@ def export_folder(
     enlarger = _enlarger_of(source, super_resolution)
     if facts is None and source.resolve() == DEFAULT_CHECKPOINT.resolve():
         facts = emoji_facts()
-    _require_prompts(gallery, facts or CardFacts())
+    _require_prompts(gallery, facts or CardFacts(), _read_json(source / "config.json"))
     if results is not None and weights_dtype is not None:
         raise ValueError("`results` were measured on weights as they are stored: export them without `weights_dtype`.")
     found = None if results is None else _read_results(Path(results), source)
@@ -341,7 +341,9 @@ def _digest(folder: Path) -> str:
     return weights_digest(weight_files(folder))
 
 
-def _require_prompts(gallery: int, facts: CardFacts) -> None:
+def _require_prompts(gallery: int, facts: CardFacts, config: dict[str, Any]) -> None:
+    if gallery and config.get("super_resolution_factor") is not None:
+        raise ValueError("A model of super-resolution draws nothing from text alone: leave `gallery` out.")
     if not 0 <= gallery <= len(facts.prompts):
         raise ValueError(
             f"`gallery` must be 0 to {len(facts.prompts)}, the number of prompts in the card's facts, got {gallery}."
@@ -556,23 +558,11 @@ def model_card(folder: Path, facts: CardFacts, results: dict[str, Any] | None = 
         after the other.
     """
     config = _read_json(folder / "config.json")
-    size, factor = config["default_image_size"], config["downsample_factor"]
-    counts = count_parameters(folder)
+    factor, counts = config["downsample_factor"], count_parameters(folder)
     limits = "\n".join(f"- {limit}" for limit in facts.limits)
-    context = config.get("text_config", {}).get("max_position_embeddings", 2048)
-    quoted = [json.dumps(prompt, ensure_ascii=False) for prompt in facts.prompts]
-    request = json.dumps({"inputs": facts.prompts[0], "parameters": {"seed": 0}}, ensure_ascii=False)
-    enlarger = folder / ENLARGER
-    larger, enlarging = "", ""
+    usage = _usage if config.get("super_resolution_factor") is None else _usage_of_enlarger
+    enlarger, enlarging = folder / ENLARGER, ""
     if enlarger.is_dir():
-        times = _read_json(enlarger / "config.json")["super_resolution_factor"]
-        larger = f"""
-With `super_resolution=True` a second model, in the folder `super_resolution`, draws pictures {times} times as large:
-
-```python
-pipe({quoted[0]}, super_resolution=True, seed=0)[0]["generated_image"].save("large.png")
-```
-"""
         enlarging = f"\n| the same of the model of super-resolution | {count_parameters(enlarger)['visual']:,} |"
     return f"""---
 license: {facts.license}
@@ -586,8 +576,8 @@ tags: [custom_code, mars, image-to-text, any-to-any, autoregressive]
 {facts.summary}
 
 MARS is the model of [MARS: Mixture of Auto-Regressive Models for Fine-grained Text-to-image
-Synthesis](https://huggingface.co/papers/2407.07614): a frozen language model with a visual expert beside every
-projection and feed-forward block, which writes the codes of a VQ-GAN as it writes words.
+Synthesis](https://huggingface.co/papers/2407.07614): a frozen language model with visual experts beside its query, key
+and value projections and feed-forward blocks, which writes the codes of a VQ-GAN as it writes words.
 
 ## Use
 
@@ -597,7 +587,45 @@ pip install "transformers>=5.23" diffusers torch pillow
 
 From the folder that holds `{folder.name}`, or with its name on the Hub as `model`:
 
+{usage(folder, config, facts)}
+## What is inside
+
+| part | parameters |
+|---|---|
+| language model (frozen) | {counts["text"]:,} |
+| visual experts, embedding and head | {counts["visual"]:,} |{enlarging}
+| VQ-GAN ({config["codebook_size"]:,} codes, one for {factor} x {factor} pixels) | {counts["vqgan"]:,} |
+{"" if results is None else _results_section(results)}
+## Limits and bias
+
+{limits}
+
+## Training data
+
+{facts.training_data}
+
+## Licence
+
+The code is Apache-2.0. The weights: `{facts.license}`.
+"""
+
+
+def _usage(folder: Path, config: dict[str, Any], facts: CardFacts) -> str:
+    """Write the examples of a model that draws from text."""
+    size, context = config["default_image_size"], config.get("text_config", {}).get("max_position_embeddings", 2048)
+    quoted = [json.dumps(prompt, ensure_ascii=False) for prompt in facts.prompts]
+    request = json.dumps({"inputs": facts.prompts[0], "parameters": {"seed": 0}}, ensure_ascii=False)
+    larger = ""
+    if (enlarger := folder / ENLARGER).is_dir():
+        times = _read_json(enlarger / "config.json")["super_resolution_factor"]
+        larger = f"""
+With `super_resolution=True` a second model, in the folder `super_resolution`, draws pictures {times} times as large:
+
 ```python
+pipe({quoted[0]}, super_resolution=True, seed=0)[0]["generated_image"].save("large.png")
+```
+"""
+    return f"""```python
 from transformers import pipeline
 
 pipe = pipeline("text-to-image", model="{folder.name}", trust_remote_code=True)
@@ -637,26 +665,29 @@ from handler import EndpointHandler
 answer = EndpointHandler("{folder.name}")({request})
 print(answer[0]["generated_image"][:20])  # a PNG file in base64
 ```
+"""
 
-## What is inside
 
-| part | parameters |
-|---|---|
-| language model (frozen) | {counts["text"]:,} |
-| visual experts, embedding and head | {counts["visual"]:,} |{enlarging}
-| VQ-GAN ({config["codebook_size"]:,} codes, one for {factor} x {factor} pixels) | {counts["vqgan"]:,} |
-{"" if results is None else _results_section(results)}
-## Limits and bias
+def _usage_of_enlarger(folder: Path, config: dict[str, Any], facts: CardFacts) -> str:
+    """Write the example of a model that draws pictures larger."""
+    size, times = config["default_image_size"], config["super_resolution_factor"]
+    prompt = json.dumps(facts.prompts[0], ensure_ascii=False)
+    return f"""```python
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
 
-{limits}
+model = AutoModel.from_pretrained("{folder.name}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{folder.name}", trust_remote_code=True)
+small = Image.new("RGB", ({size // times}, {size // times}), "white")  # yours
+inputs = processor({prompt}, lowres_images=small, height={size}, width={size})
+drawn = model.generate(**inputs, generation_mode="image", guidance_scale=1.0, generator=torch.manual_seed(0))
+pixels = model.decode_image_tokens(drawn, inputs["image_sizes"])
+processor.post_process_multimodal_output(pixels, generation_mode="image")[0].save("large.png")
+```
 
-## Training data
-
-{facts.training_data}
-
-## Licence
-
-The code is Apache-2.0. The weights: `{facts.license}`.
+It draws pictures {times} times as large from their codes and a caption, and nothing from text alone: a base model of
+the same VQ-GAN makes the small ones.
 """
 
 
