@@ -1,7 +1,8 @@
 """
 One rank of a run that `test_distributed.py` starts: FOLDER, then how it is spread: alone, ddp, fsdp or zero3; with
 "packs" in front, on packs of rows that come one after the other; with "stopped", the last rank is told to stop; with
-"muon" or "adamw", as the recipe of that name in FOLDER says.
+"rounded", in bfloat16 and with gradient checkpointing, as on GPUs; with "muon" or "adamw", as the recipe of that name
+in FOLDER says.
 
 accelerate shards on accelerators only; that CPU ranks may be sharded too is all that is told to it here.
 """
@@ -21,6 +22,7 @@ from mars_hf.training.collation import AlignedCollator, PackedCollator
 from mars_hf.training.mixture import MixtureDataset, MixtureStream, PackedStream, Source
 from mars_hf.training.recipe import Recipe
 from mars_hf.training.run import train
+from mars_hf.training.text import last_checkpoint
 from mars_hf.training.trainer import MarsTrainer
 
 FSDP = {
@@ -33,7 +35,11 @@ FSDP = {
 
 
 ZERO3 = {
-    "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_gather_16bit_weights_on_model_save": True,
+        "stage3_param_persistence_threshold": 0,  # small weights are gathered too, in each call of their module
+    },
     "train_micro_batch_size_per_gpu": 2,
     "gradient_accumulation_steps": 1,
     "gradient_clipping": 1.0,
@@ -125,7 +131,7 @@ def main(folder: Path, name: str) -> None:
         gradient_accumulation_steps=2 if spread == "alone" else 1,
         learning_rate=1e-2,
         logging_steps=1,
-        save_steps=30,
+        save_steps=15 if kind == "rounded" else 30,
         enable_jit_checkpoint=True,
         report_to=[],
         use_cpu=True,
@@ -134,18 +140,30 @@ def main(folder: Path, name: str) -> None:
         fsdp=spread == "fsdp",
         fsdp_config=FSDP if spread == "fsdp" else None,
         deepspeed=ZERO3 if spread == "zero3" else None,
+        bf16=kind == "rounded",
+        gradient_checkpointing=kind == "rounded",
     )
     model = MarsForConditionalGeneration.from_pretrained(folder / "start")
     processor = MarsProcessor.from_pretrained(folder / "start")
     data, collate = data_of(processor, model.config, kind == "packs")
     callbacks = [TerminateLastRank()] if kind == "stopped" else []
-    trainer = MarsTrainer(model=model, args=args, train_dataset=data, data_collator=collate, callbacks=callbacks)
-    trainer.train()
+    trainer = MarsTrainer(
+        model=model,
+        args=args,
+        train_dataset=data,
+        data_collator=collate,
+        callbacks=callbacks,
+        chunk_size=4,  # ranks have other numbers of chunks
+    )
+    dtypes, note = set(), trainer._note
+    trainer._note = lambda task, terms, labels: (dtypes.add(str(terms.loss.dtype)), note(task, terms, labels))
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder / name))
     (folder / f"{name}-{args.process_index}.step").write_text(str(trainer.state.global_step))
     kinds = {type(parameter).__name__ for parameter in trainer.model_wrapped.parameters()}
     if args.process_index == 0:
         entries = [entry for entry in trainer.state.log_history if "loss" in entry]
         facts = {"logs": entries, "parameters": sorted(kinds), "processes": args.world_size}
+        facts["dtypes"] = sorted(dtypes)  # of the sums of losses that the model returns
         (folder / f"{name}.json").write_text(json.dumps(facts))
 
 

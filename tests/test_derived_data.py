@@ -74,6 +74,10 @@ def test_stories_on_disk_hold_the_codes_of_their_pictures_and_say_whose_they_are
         assert pictures == [[part["index"]] * 64 for part in segments if not isinstance(part, str)]
     with pytest.raises(ValueError, match="were made by the image tokenizer"):
         open_records(out, vqgan=make_vqgan())
+    for files in (out / "data" / "train-00000-of-00001.parquet", str(out / "data" / "*.parquet")):
+        with pytest.raises(ValueError, match="were made by the image tokenizer"):
+            open_records(files, vqgan=make_vqgan())
+        open_records(files, vqgan=vqgan)
     before = (out / "codes.json").read_text()
     with pytest.raises(ValueError, match="is there already"):
         write_stories(tmp_path / "codes", out, 16, progress=False)

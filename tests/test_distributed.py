@@ -4,6 +4,7 @@ and a rank that is told to stop.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,16 @@ def test_two_ranks_stop_at_the_same_step_when_one_of_them_is_told_to(folder):
     (step,) = steps
     assert 5 <= int(step) < 30 and last_checkpoint(folder / "stopped-ddp").endswith(f"checkpoint-{step}")
     assert len(list((folder / "stopped-ddp" / f"checkpoint-{step}").glob("rng_state_*.pth"))) == 2
+
+
+def test_sharded_ranks_train_in_bfloat16_with_checkpointing_log_exact_losses_and_go_on_where_they_stopped(folder):
+    logs = run(folder, "rounded-fsdp")["logs"]
+    shutil.rmtree(folder / "rounded-fsdp" / "checkpoint-30")
+    again = run(folder, "rounded-fsdp")
+    assert again["logs"] == logs and again["parameters"] == ["DTensor"] and again["dtypes"] == ["torch.float32"]
+    exact = run(folder, "fsdp")["logs"]
+    assert len(logs) == 30 and abs(logs[0]["loss"] - exact[0]["loss"]) < 3e-3 * exact[0]["loss"]
+    assert max(abs(one["loss"] - two["loss"]) for one, two in zip(logs, exact, strict=True)) < 0.1
 
 
 @pytest.fixture

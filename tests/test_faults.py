@@ -87,10 +87,10 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_weights_of_one_that_
         assert process.returncode == -signal.SIGKILL, errors[-3000:]
         assert step_of(last_checkpoint(out)) == last_good and (out / f"checkpoint-{last_good + 3}").exists()
     assert not (out / "checkpoint-9" / "trainer_state.json").exists()
-    for _ in range(2):
+    for _ in range(5):  # of 120 steps, each start makes 10 before it is killed
         process = start(recipe, out)
         process.stdout.readline()  # it trains: its first losses are told
-        time.sleep(rng.random() * 0.5)
+        time.sleep(rng.random() * 0.3)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert not (out / "final").exists()

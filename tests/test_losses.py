@@ -114,6 +114,26 @@ def test_no_more_logits_exist_at_once_than_a_chunk_has(model):
     assert max(sizes) == 4
 
 
+@pytest.mark.parametrize("text_only", [False, True])
+def test_as_many_chunks_as_another_rank_needs_change_nothing(model, text_only):
+    ids, labels = rows(model, text_only)
+    asked, calls = [], []
+
+    def agree(count):
+        asked.append(count)
+        return 30  # more than there are labels: some chunks are empty
+
+    for head in (model.text_head, model.vision_head):
+        head.register_forward_hook(lambda module, inputs, output: calls.append(module))
+    own = model(ids, labels=labels, head_loss=HeadLoss("joint", chunk_size=4))
+    own_gradient = torch.autograd.grad(own.loss, model.vision_head.weight)[0]
+    calls.clear()
+    shared = model(ids, labels=labels, head_loss=HeadLoss("joint", chunk_size=4, agree=agree))
+    assert len(calls) == 2 * 2 * 30 and len(asked) == 2  # codes and words by both heads
+    gradient = torch.autograd.grad(shared.loss, model.vision_head.weight)[0]
+    assert abs(own.loss - shared.loss) < 1e-9 and torch.allclose(gradient, own_gradient, atol=1e-12)
+
+
 def test_an_unknown_scope_and_a_negative_spread_are_refused(model):
     with pytest.raises(ValueError, match="joint, grammar.*'codes'"):
         HeadLoss("codes")

@@ -18,7 +18,7 @@ from transformers import Qwen2Tokenizer
 
 from mars_hf import MarsConfig, MarsForConditionalGeneration, MarsProcessor
 from mars_hf.modeling_mars import is_visual_parameter
-from mars_hf.training import run
+from mars_hf.training import run, sources
 from mars_hf.training.recipe import RECIPES, STAGES, DataPart, ModelPart, Recipe
 from mars_hf.training.run import build_model, build_source, check_resumption, make_trainer, train
 
@@ -81,6 +81,10 @@ def test_the_papers_numbers_stand_in_its_recipes():
         (["training", "learning_rte"], 1, r"training\.learning_rte.*no key"),
         (["training", "num_train_epochs"], 1, "`max_steps` or `num_train_epochs`, and not both"),
         (["training", "seed"], 1, "`training.seed` is set elsewhere"),
+        (["training", "use_cpu"], True, "`training.use_cpu` is set elsewhere: .*CUDA_VISIBLE_DEVICES"),
+        (["training", "label_smoothing_factor"], 0.1, "is set elsewhere: see `loss.label_spread`"),
+        (["data", 0, "min_size"], 0, "`data.min_size` must be 1 or more, got 0"),
+        (["data", 0, "max_aspect_ratio"], 0.5, "`data.max_aspect_ratio` must be 1 or more, got 0.5"),
         (["model", "text"], "text", "either `base`.*or both `text` and `vqgan`"),
         (["loss"], {"scope": "codes"}, "`loss.scope` must be one of joint, grammar, got 'codes'"),
         (["optimizer"], {"name": "muon"}, "muon_learning_rate` goes with"),
@@ -111,6 +115,14 @@ def test_the_papers_numbers_stand_in_its_recipes():
 def test_a_recipe_that_is_wrong_is_refused_with_the_place(tmp_path, path, value, message):
     with pytest.raises(ValueError, match=message):
         Recipe.load(written(tmp_path, changed(path, value)))
+
+
+def test_arguments_of_an_optimizer_that_does_not_run_are_refused(tmp_path):
+    muon = {**GOOD, "optimizer": {"name": "muon", "muon_learning_rate": 0.01}}
+    for name, value in (("optim", "adamw_torch_fused"), ("adam_beta1", 0.8)):
+        with pytest.raises(ValueError, match=f"`training.{name}` has no effect with `optimizer.name: muon`"):
+            Recipe.load(written(tmp_path, {**muon, "training": {**GOOD["training"], name: value}}))
+        Recipe.load(written(tmp_path, changed(["training", name], value)))
 
 
 def test_a_limit_that_no_caption_meets_is_refused(tmp_path):
@@ -262,10 +274,14 @@ def test_a_run_is_compared_with_its_checkpoints_and_told_by_one_process(tmp_path
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint-2", "run.json"]
 
 
-def test_a_recipe_whose_first_batch_failed_is_mended_in_the_same_folder(folder):
-    with pytest.raises(ValueError, match="does not fit a pack of 4"):
-        train(recipe_in(folder, packing=4), folder / "run")
-    assert json.loads((folder / "run" / "run.json").read_text())["recipe"]["packing"] == 4
+def test_a_recipe_whose_first_batch_failed_is_mended_in_the_same_folder(folder, monkeypatch):
+    def fail(*args):
+        raise MemoryError("a batch of this size does not fit")
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(run.PackedCollator, "__call__", fail)
+        train(recipe_in(folder, packing=128), folder / "run")
+    assert json.loads((folder / "run" / "run.json").read_text())["recipe"]["packing"] == 128
     train(recipe_in(folder, packing=64), folder / "run")
 
 
@@ -356,11 +372,13 @@ def test_an_epoch_shows_every_pair_once_however_many_tasks_it_has(folder):
     data = [{**source, "task": "text-to-image"}, {**source, "task": "captioning"}]
     trainer, _ = make_trainer(recipe_in(folder, training=training, data=data), folder / "run")
     assert trainer.args.max_steps == 6 and len(trainer.train_dataset) == 12
+    shown = [trainer.train_dataset.record_of(index)["caption_en"] for index in range(12)]
+    assert sorted(shown[:6]) == sorted(shown[6:]) == list("abcdef")
 
 
 def test_records_can_be_read_on_the_way_and_what_is_left_out_is_told_at_the_end(folder, monkeypatch):
     said = []
-    monkeypatch.setattr(run.logger, "warning", said.append)
+    monkeypatch.setattr(sources.logger, "warning", said.append)
     pairs = Dataset.from_parquet(str(folder / "pairs.parquet")).add_column("score", [0.1, 0.9, 0.9, 0.9, 0.9, 0.9])
     pairs.to_parquet(folder / "pairs.parquet")
     source = {"source": str(folder / "pairs.parquet"), "task": "text-to-image", "streaming": True}

@@ -12,8 +12,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
+from mars_hf.data import records as records_module
 from mars_hf.data.records import (
     BadRecordError,
     BadRecords,
@@ -375,6 +377,33 @@ def test_a_stream_refuses_another_streams_state_and_an_endless_search(tmp_path: 
         next(iter(ShuffledStream(records.take(0))))
     with pytest.raises(ValueError, match="1 record or more, got 0"):
         ShuffledStream(records, buffer_size=0)
+
+
+def test_codes_on_the_hub_are_held_to_their_tokenizer_and_codes_of_nobody_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_vqgan
+) -> None:
+    vqgan, said, asked = make_vqgan(), [], []
+    data = datasets.Dataset.from_list([CODED | {"image": None}]).remove_columns("image")
+    monkeypatch.setattr(records_module, "load_dataset", lambda *args, **kwargs: data)
+    monkeypatch.setattr(records_module.logger, "warning", said.append)
+    manifest = tmp_path / "codes.json"
+    manifest.write_text(json.dumps({"tokenizer": {"fingerprint": tokenizer_fingerprint(vqgan)}}))
+
+    def download(*args: str, **kwargs: str) -> str:
+        asked.append((args, kwargs))
+        if args[0] == "someone/bare":
+            raise LocalEntryNotFoundError("no network")
+        return str(manifest)
+
+    monkeypatch.setattr(records_module, "hf_hub_download", download)
+    open_records("someone/codes", vqgan=vqgan, revision="main")
+    assert asked == [(("someone/codes", "codes.json"), {"repo_type": "dataset", "revision": "main"})] and not said
+    with pytest.raises(ValueError, match="someone/codes were made by the image tokenizer"):
+        open_records("someone/codes", vqgan=make_vqgan())
+    open_records("someone/bare", vqgan=vqgan)
+    assert "someone/bare have no `codes.json`" in said[0] and len(said) == 1
+    open_records("someone/bare")  # no tokenizer to compare with
+    assert len(said) == 1 and len(asked) == 3
 
 
 def test_sources_are_told_apart_by_their_files(tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ import pytest
 import torch
 import typer
 from datasets import Dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
 
 from mars_hf.cli.app import one_line_errors
 from mars_hf.modeling_mars import is_visual_parameter
+from mars_hf.training import trainer as trainer_module
 from mars_hf.training.collation import AlignedCollator, PackedCollator, ShiftedRow, pack_rows
 from mars_hf.training.mixture import MixtureDataset, MixtureStream, PackedStream, Source
 from mars_hf.training.muon import muon_with_adamw
@@ -399,6 +400,38 @@ def test_a_frozen_weight_that_moves_is_found(make_tiny, tiny_processor, tmp_path
         trainer.train()
 
 
+def test_a_frozen_weight_that_moved_in_a_checkpoint_is_found_when_the_run_goes_on(make_tiny, tiny_processor, tmp_path):
+    model, data = make_tiny(), mixture(tiny_processor)
+    trainer_of(copy.deepcopy(model), data, tmp_path, changes={"max_steps": 3}).train()
+    file = tmp_path / "checkpoint-3" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.embed_tokens.weight"][0] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="model.embed_tokens.weight first: the checkpoint differs from the model"):
+        trainer_of(model, data, tmp_path).train(resume_from_checkpoint=last_checkpoint(tmp_path))
+
+
+def test_several_accelerators_without_a_launcher_are_not_shared_by_dataparallel(make_tiny, tiny_processor, tmp_path):
+    class Several(TrainingArguments):
+        """Of a process that sees two."""
+
+        _n_gpu = 2
+
+    args = Several(str(tmp_path), use_cpu=True, per_device_train_batch_size=2, max_steps=2, report_to=[])
+    args._n_gpu = 2
+    collate = AlignedCollator(make_tiny().config, pad_token_id=256)
+    trainer = MarsTrainer(model=make_tiny(), args=args, train_dataset=mixture(tiny_processor), data_collator=collate)
+    assert trainer.args.n_gpu == 1 and trainer._train_batch_size == 2
+
+
+def test_compiling_what_does_not_run_is_told(make_tiny, tiny_processor, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(trainer_module.logger, "warning", said.append)
+    options = {"compile_pictures": True, "changes": {"gradient_checkpointing": True}}
+    trainer_of(make_tiny(), mixture(tiny_processor), tmp_path, **options)
+    assert [text for text in said if "`compile_pictures` has no effect here" in text]
+
+
 def test_evaluation_gives_the_loss_of_each_task(make_tiny, tiny_processor, tmp_path):
     model, data = make_tiny(), mixture(tiny_processor)
     trainer = trainer_of(model, data, tmp_path, eval_dataset=data, changes={"per_device_eval_batch_size": 2})
@@ -408,13 +441,14 @@ def test_evaluation_gives_the_loss_of_each_task(make_tiny, tiny_processor, tmp_p
 
 def test_muon_takes_the_matrices_of_layers_and_adamw_all_else_that_trains(make_model):
     model = make_model()
-    chain = muon_with_adamw(model, muon_learning_rate=0.02, learning_rate=0.01)
+    chain = muon_with_adamw(model, muon_learning_rate=0.02, learning_rate=0.01, adam_beta2=0.9)
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     muon, adamw = ({name_of[id(p)] for group in one.param_groups for p in group["params"]} for one in chain.optimizers)
     assert muon | adamw == {name for name, p in model.named_parameters() if p.requires_grad} and not muon & adamw
     assert muon == {name for name in muon | adamw if ".layers." in name and name.endswith("weight")}
     assert {"vision_head.weight", "model.visual_embed_tokens.weight"} < adamw
     assert [group["lr"] for group in chain.param_groups] == [0.02, 0.01]
+    assert chain.optimizers[1].param_groups[0]["betas"] == (0.9, 0.9)
     with pytest.raises(ValueError, match="0 chained optimizers, this run has 2"):
         chain.load_state_dict(torch.optim.SGD(model.parameters()).state_dict())
 
@@ -582,7 +616,9 @@ def test_a_stream_trains_as_it_is_read_and_goes_on_where_it_stopped(make_tiny, t
     torn.load_state_dict(whole.state_dict())
     trainer_of(whole, data, tmp_path / "whole").train()
     trainer_of(torn, data, tmp_path / "torn", callbacks=[StopAfter(3)]).train()
-    again = make_tiny()
+    again = make_tiny()  # with other visual weights, which the checkpoint replaces
+    frozen = {name: value for name, value in whole.state_dict().items() if not is_visual_parameter(name)}
+    again.load_state_dict(frozen, strict=False)
     trainer_of(again, data, tmp_path / "torn").train(resume_from_checkpoint=True)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
 

@@ -685,6 +685,10 @@ class MarsProcessor(ProcessorMixin):
 
     # ---- training
 
+    def count_tokens(self, text: str) -> int:
+        """Count the tokens of a text as prompts, captions and documents hold it; tokens written in it stay text."""
+        return len(text_ids(self.tokenizer, text))
+
     def training_example(
         self,
         task: Task,

@@ -16,7 +16,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,14 +27,19 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, IterableDataset, load_dataset, load_from_disk
 from datasets import Image as ImageFeature
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from PIL import Image
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from ..image_processing_mars import check_image_size, open_picture, to_rgb
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.vq_model import VQModel
+
+logger = logging.get_logger(__name__)
 
 CAPTIONS = ("caption_en", "caption_zh", "caption", "fine_caption_en", "fine_caption_zh", "fine_caption")
 CODES_FILE = "codes.json"
@@ -69,8 +74,10 @@ class Record(PictureFields, total=False):
     fine_caption_en: str | None
     fine_caption_zh: str | None
     segments: list[Segment] | None
+    lowres_codes: list[int] | None  # of the same picture made smaller, for super-resolution
     score: float | None  # curates
     style: str | None
+    hexcode: str | None  # of an emoji: its code points
     key: str | None  # names the record in messages
 
 
@@ -526,6 +533,8 @@ def open_records(
         ValueError: If there is no such source or split, if columns are missing, or if codes are another tokenizer's.
     """
     dataset = _load(source, split, streaming, vqgan, options)
+    if vqgan is not None and isinstance(source, str | Path | list):
+        _check_tokenizer(_files_of(source)[0], "image_codes" in (dataset.features or ()), vqgan, options)
     if dataset.features is None:  # of streamed lines of JSON nothing is known in advance
         dataset = dataset.cast(Dataset.from_list(list(dataset.take(FEW_RECORDS))).features)
     if isinstance(dataset, IterableDataset):
@@ -553,7 +562,7 @@ def _load(
     names = _files_of(source)
     folder = Path(names[0])
     if (folder / CODES_FILE).is_file():
-        names = _code_files(folder, split, vqgan)
+        names = _code_files(folder, split)
     builder = BUILDERS.get(Path(names[0]).suffix)
     if builder is not None and not Path(names[0]).is_dir():
         return load_dataset(builder, data_files={split: names}, split=split, streaming=streaming, **options)
@@ -617,20 +626,45 @@ def _shards_of(folder: Path, split: str) -> list[Path]:
     return sorted(path for path in folder.glob(f"data/{split}-*") if path.suffix in BUILDERS)
 
 
-def _code_files(folder: Path, split: str, vqgan: "VQModel | None") -> list[str]:
+def _code_files(folder: Path, split: str) -> list[str]:
     manifest = json.loads((folder / CODES_FILE).read_text(encoding="utf-8"))
     if not manifest["splits"].get(split, {}).get("complete"):
         raise ValueError(
             f"The codes of split {split!r} in {folder} are not complete. Run again what writes them, such as "
             "`mars-hf data encode` or `mars-hf data build`: it continues."
         )
-    made_by = manifest["tokenizer"]["fingerprint"]
-    if vqgan is not None and (own := tokenizer_fingerprint(vqgan)) != made_by:
+    return [str(path) for path in _shards_of(folder, split)]
+
+
+def _check_tokenizer(name: str, has_codes: bool, vqgan: "VQModel", options: Mapping[str, Any]) -> None:
+    """Refuse codes that another image tokenizer made; say so where nothing tells which one did."""
+    file = _codes_file_of(name, options)
+    if file is None:
+        if has_codes:
+            logger.warning(
+                f"The codes of {name} have no `{CODES_FILE}` beside them: whether this model's image tokenizer made "
+                "them is not known. `mars-hf data encode` writes one."
+            )
+        return
+    made_by = json.loads(file.read_text(encoding="utf-8"))["tokenizer"]["fingerprint"]
+    if (own := tokenizer_fingerprint(vqgan)) != made_by:
         raise ValueError(
-            f"The codes in {folder} were made by the image tokenizer {made_by}, but this model's is {own}. Encode the "
+            f"The codes in {name} were made by the image tokenizer {made_by}, but this model's is {own}. Encode the "
             "pictures again with `mars-hf data encode` and this model."
         )
-    return [str(path) for path in _shards_of(folder, split)]
+
+
+def _codes_file_of(name: str, options: Mapping[str, Any]) -> Path | None:
+    """Find what says which tokenizer made codes: in a folder, above a file of one, or in a repository of the Hub."""
+    place = Path(name)
+    if place.exists():
+        folders = [place] if place.is_dir() else list(place.absolute().parents)[:2]
+        return next((folder / CODES_FILE for folder in folders if (folder / CODES_FILE).is_file()), None)
+    try:
+        found = hf_hub_download(name, CODES_FILE, repo_type="dataset", revision=options.get("revision"))
+    except (OSError, EntryNotFoundError, HFValidationError):  # no such file, no network, no name of the Hub
+        return None
+    return Path(found)
 
 
 def _unpacked(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
@@ -694,6 +728,7 @@ def validate_records(
     limit: float = 0.01,
     decode: bool = True,
     progress: bool = True,
+    check: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> tuple[Dataset | IterableDataset, BadRecords]:
     """
     Keep the records that can be trained on. A data set is checked now, a stream while it is read.
@@ -708,6 +743,7 @@ def validate_records(
         limit (`float`, defaults to 0.01): Share of broken records that stops a run all the same, see [`BadRecords`].
         decode (`bool`, defaults to `True`): Read whole pictures, which finds damaged ones, and not only headers.
         progress (`bool`, defaults to `True`): Show a progress bar.
+        check (`Callable`, *optional*): Raises a [`BadRecordError`] for what else a record must not be.
 
     Returns:
         `tuple`: The good records, and the [`BadRecords`] with counts by reason; of a stream it fills as it is read.
@@ -715,19 +751,52 @@ def validate_records(
     Raises:
         ValueError: Naming the first bad record, by its number and its `key`, and what is wrong with it.
     """
-    is_stream = isinstance(dataset, IterableDataset)
-    bad_records = BadRecords(on_bad, limit, None if is_stream else len(dataset))
-    is_good = partial(_is_good, rules=rules, decode=decode, bad_records=bad_records)
-    if is_stream:
+    if isinstance(dataset, IterableDataset):
+        bad_records = BadRecords(on_bad, limit)
+        is_good = partial(_is_good, rules=rules, decode=decode, bad_records=bad_records, check=check)
         return undecoded(dataset).filter(is_good, with_indices=True), bad_records
+    left_out, bad_records = find_bad_records(dataset, rules, on_bad, limit, decode, progress, check)
+    return without(dataset, left_out), bad_records
+
+
+def find_bad_records(
+    dataset: Dataset,
+    rules: RecordRules = RecordRules(),  # noqa: B008
+    on_bad: Literal["raise", "skip"] = "raise",
+    limit: float = 0.01,
+    decode: bool = True,
+    progress: bool = True,
+    check: Callable[[Mapping[str, Any]], None] | None = None,
+) -> tuple[list[int], BadRecords]:
+    """Give the numbers of the records that cannot be trained on, and why: see [`validate_records`]."""
+    bad_records = BadRecords(on_bad, limit, len(dataset))
     records = tqdm(undecoded(dataset), desc="Checking records", total=len(dataset), disable=not progress)
-    good = [index for index, record in enumerate(records) if is_good(record, index)]
-    return dataset if len(good) == len(dataset) else dataset.select(good), bad_records
+    options = {"rules": rules, "decode": decode, "bad_records": bad_records, "check": check}
+    left_out = [index for index, record in enumerate(records) if not _is_good(record, index, **options)]
+    return left_out, bad_records
 
 
-def _is_good(record: Mapping[str, Any], index: int, rules: RecordRules, decode: bool, bad_records: BadRecords) -> bool:
+def without(dataset: Dataset, left_out: Sequence[int]) -> Dataset:
+    """Give a data set without the records of these numbers; the same one if there are none."""
+    if not left_out:
+        return dataset
+    is_good = np.ones(len(dataset), dtype=bool)
+    is_good[left_out] = False
+    return dataset.select(is_good.nonzero()[0])
+
+
+def _is_good(
+    record: Mapping[str, Any],
+    index: int,
+    rules: RecordRules,
+    decode: bool,
+    bad_records: BadRecords,
+    check: Callable[[Mapping[str, Any]], None] | None = None,
+) -> bool:
     with bad_records.skipping(record, index):
         check_record(record, rules, decode)
+        if check is not None:
+            check(record)
         bad_records.num_long_captions += any(rules.is_too_long(record.get(name)) for name in CAPTIONS)
         return True
     return False

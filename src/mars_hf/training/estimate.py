@@ -24,7 +24,7 @@ from .collation import AlignedCollator, PackedCollator, Row, ShiftedRow, pack_ro
 from .losses import IGNORED_LABEL
 from .mixture import MixtureStream
 from .recipe import AssumedPart, ModelPart, Recipe
-from .run import build_source, rows_of_an_epoch
+from .sources import build_sources, rows_of_an_epoch
 
 PAPER_STAGES = ("paper/stage1", "paper/stage2", "paper/stage3")
 PAPER_GPU_DAYS = 587  # of an A100, for all stages: sections 1 and 4.2
@@ -368,12 +368,12 @@ def recipe_batches(
         return shapes, recipe.assume.rows, "assumed"
     model = _model_without_storage(config)
     model.vqgan = None  # whose codes the data hold is for a run to check: it takes the weights
-    sources = [build_source(part, model) for part in recipe.data]
     processor = (
         MarsProcessor.from_pretrained(recipe.model.base)
         if recipe.model.base is not None
         else MarsProcessor.from_text_tokenizer(AutoTokenizer.from_pretrained(recipe.model.text), config)
     )
+    sources = build_sources(recipe, model, processor.count_tokens)
     size, k = recipe.training["per_device_train_batch_size"], recipe.trained_codes_per_step
     rows = iter(MixtureStream(processor, sources, size, SAMPLED_BATCHES, codes_per_step=k, seed=recipe.seed))
     batches = [list(islice(rows, size)) for _ in range(SAMPLED_BATCHES)]

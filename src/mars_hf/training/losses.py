@@ -7,7 +7,7 @@ of it comes at all: `softplus(lse(others) - lse(admitted))`. `scope="grammar"` l
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -71,10 +71,11 @@ class LossTerms(ModelOutput):
     num_words: torch.Tensor = None  # type: ignore[assignment]
 
 
-@dataclass
 class HeadLoss:
     """
     Next-token (or next-K-token) loss from the trunk's states; what `head_loss` of the model's `forward` takes.
+
+    It is no data class: FSDP copies those that it finds among the arguments of a forward, and rounds what they hold.
 
     Args:
         scope (`str`, defaults to `"joint"`): See the top of this file.
@@ -84,19 +85,25 @@ class HeadLoss:
         all_codes (`bool`, defaults to `False`):
             Promise that every label is a code, and belongs to the last positions: nothing is picked out, and shapes
             stay static.
+        agree (`Callable`, *optional*):
+            `(int) -> int`, the largest number of chunks among all ranks, where they must call the heads equally often.
 
     Raises:
         ValueError: If the scope is unknown.
     """
 
-    scope: str = "joint"
-    neighbours: torch.Tensor | None = field(default=None, repr=False)
-    chunk_size: int = 2048
-    all_codes: bool = False
-
-    def __post_init__(self) -> None:
-        if self.scope not in LOSS_SCOPES:
-            raise ValueError(f"`loss_scope` must be one of {', '.join(LOSS_SCOPES)}, got {self.scope!r}.")
+    def __init__(
+        self,
+        scope: str = "joint",
+        neighbours: torch.Tensor | None = None,
+        chunk_size: int = 2048,
+        all_codes: bool = False,
+        agree: Callable[[int], int] | None = None,
+    ):
+        if scope not in LOSS_SCOPES:
+            raise ValueError(f"`loss_scope` must be one of {', '.join(LOSS_SCOPES)}, got {scope!r}.")
+        self.scope, self.neighbours, self.chunk_size = scope, neighbours, chunk_size
+        self.all_codes, self.agree = all_codes, agree
 
     def __call__(
         self, model: MarsForConditionalGeneration, hidden_states: torch.Tensor, shift_labels: torch.Tensor
@@ -127,9 +134,12 @@ class HeadLoss:
     def _chunks(
         self, terms: Callable, model: MarsForConditionalGeneration, states: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if len(states) <= self.chunk_size:
+        num_chunks = max(-(-len(states) // self.chunk_size), 1)
+        if self.agree is not None:
+            num_chunks = self.agree(num_chunks)
+        if num_chunks == 1:
             return terms(model, states, labels)
-        pairs = zip(states.split(self.chunk_size), labels.split(self.chunk_size), strict=True)
+        pairs = zip(states.tensor_split(num_chunks), labels.tensor_split(num_chunks), strict=True)
         sums: list[Any] = [checkpoint(terms, model, *pair, use_reentrant=False) for pair in pairs]
         return sum(one for one, _ in sums), sum(two for _, two in sums)  # type: ignore[return-value]
 

@@ -84,7 +84,7 @@ class Mixture:
     all its captions or none.
 
     Within each pass over a source every record comes once, in an order of that pass's own; with weights, as often as
-    chance has it.
+    chance has it. Sources of the same records share their passes: each record comes once, in one of the tasks.
 
     Args:
         processor ([`MarsProcessor`]): Writes prompts, captions and documents.
@@ -109,6 +109,17 @@ class Mixture:
         self.batch_size, self.seed = batch_size, seed
         self.codes_per_step, self.batches_per_step = tuple(codes_per_step), batches_per_step
         self._bounds = list(accumulate(source.share for source in self.sources))
+        # The source whose passes each source takes part in: the first one of the same records.
+        self._passes = [
+            number
+            if source.weights is not None
+            else next(
+                first
+                for first, other in enumerate(self.sources)
+                if other.records is source.records and other.weights is None
+            )
+            for number, source in enumerate(self.sources)
+        ]
 
     def _chance(self, *names: Any) -> float:
         digest = hashlib.blake2b("/".join(map(str, (self.seed, *names))).encode(), digest_size=8).digest()
@@ -179,7 +190,8 @@ class MixtureDataset(Mixture, Dataset):
         self, processor: MarsProcessor, sources: Sequence[Source], batch_size: int, num_batches: int, **kwargs: Any
     ):
         super().__init__(processor, sources, batch_size, **kwargs)
-        self._source = torch.tensor([self.source_number(batch) for batch in range(num_batches)])
+        numbers = [self.source_number(batch) for batch in range(num_batches)]
+        self._source = torch.tensor([self._passes[number] for number in numbers])
         of_source = torch.nn.functional.one_hot(self._source, len(self.sources))
         self._before = (of_source.cumsum(0) - of_source).gather(1, self._source[:, None]).squeeze(1)
         self._orders = [self._order_of(number) for number in range(len(self.sources))]
@@ -234,9 +246,9 @@ class MixtureStream(Mixture, IterableDataset):
                 f"Rows that come one after the other are read by one worker, got {worker.num_workers}: set "
                 "`dataloader_num_workers` to 0 or 1."
             )
-        records = [self._records_of(number) for number in range(len(self.sources))]
+        records = {number: self._records_of(number) for number in sorted(set(self._passes))}
         for batch in count() if self.num_batches is None else range(self.num_batches):
-            of_batch = records[self.source_number(batch)]
+            of_batch = records[self._passes[self.source_number(batch)]]
             for index in range(batch * self.batch_size, (batch + 1) * self.batch_size):
                 yield self.write_row(index, next(of_batch))
 

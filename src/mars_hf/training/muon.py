@@ -58,7 +58,11 @@ class ChainedOptimizer(torch.optim.Optimizer):
 
 
 def muon_with_adamw(
-    model: nn.Module, muon_learning_rate: float, learning_rate: float, weight_decay: float = 0.1
+    model: nn.Module,
+    muon_learning_rate: float,
+    learning_rate: float,
+    weight_decay: float = 0.1,
+    adam_beta2: float = 0.95,
 ) -> ChainedOptimizer:
     """
     Split a model's trainable parameters: matrices inside layers to Muon; embeddings, heads and vectors to AdamW.
@@ -66,8 +70,9 @@ def muon_with_adamw(
     Args:
         model (`nn.Module`): Whose layers are under a name with `layers`.
         muon_learning_rate (`float`): Of updates scaled to AdamW's root mean square (Moonlight, arXiv 2502.16982).
-        learning_rate (`float`): Of AdamW (beta2 0.95).
+        learning_rate (`float`): Of AdamW.
         weight_decay (`float`, defaults to 0.1): Of the matrices; nothing else decays.
+        adam_beta2 (`float`, defaults to 0.95): Of AdamW.
     """
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -76,5 +81,5 @@ def muon_with_adamw(
             (matrices if parameter.ndim == 2 and "layers" in name.split(".") else others).append(parameter)
     return ChainedOptimizer(
         torch.optim.Muon(matrices, lr=muon_learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, adam_beta2), weight_decay=0.0),
     )

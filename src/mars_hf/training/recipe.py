@@ -27,6 +27,19 @@ CAPTION_FORMS = {"records": CaptionMix, "emoji": CaptionStyle}
 CAPTIONS_ELSEWHERE = {"null"}
 # The language model and the VQ-GAN bring the first three, and a checkpoint the others.
 CONFIG_ELSEWHERE = {"text_config", "vq_config", "tie_word_embeddings", "base_checkpoint", "mars_format"}
+# Arguments of the Trainer that a recipe says elsewhere, or that would change what a row is.
+SET_ELSEWHERE = {
+    "output_dir": "it is `--out`",
+    "learning_rate": "see `optimizer`",
+    "weight_decay": "see `optimizer`",
+    "adam_beta2": "see `optimizer`",
+    "seed": "see the recipe's own `seed`",
+    "data_seed": "see the recipe's own `seed`",
+    "remove_unused_columns": "rows are the collator's",
+    "use_cpu": "the machine's accelerator is taken if there is one; hide it with CUDA_VISIBLE_DEVICES=",
+    "auto_find_batch_size": "rows are planned by `per_device_train_batch_size`",
+    "label_smoothing_factor": "see `loss.label_spread`",
+}
 
 
 @dataclass(frozen=True)
@@ -156,6 +169,8 @@ class DataPart:
         code_noise (`float`, defaults to 0.0): See [`Source`].
         drop_caption (`float`, defaults to 0.1): See [`Source`].
         min_score (`float`, *optional*): Leave records with a lower `score` out (the curated subset of Stage II).
+        min_size (`int`, defaults to 1): Leave pictures whose shorter side has fewer pixels out.
+        max_aspect_ratio (`float`, *optional*): Leave pictures whose longer side is more times the shorter out.
         max_caption_length (`int`, *optional*): Longest caption of `form: records`, in characters.
         long_captions (`str`, defaults to `"truncate"`): See [`RecordRules`].
         streaming (`bool`, defaults to `False`): Read the records on the way, without a copy; excludes `balance`.
@@ -174,6 +189,8 @@ class DataPart:
     code_noise: float = 0.0
     drop_caption: float = 0.1
     min_score: float | None = None
+    min_size: int = 1
+    max_aspect_ratio: float | None = None
     max_caption_length: int | None = None
     long_captions: str = "truncate"
     streaming: bool = False
@@ -194,6 +211,9 @@ class DataPart:
                 f"`data.captions.{impossible[0]}` is a share between 0 and 1, got {shares[impossible[0]]}."
             )
         _refuse_unknown("data.long_captions", self.long_captions, ("truncate", "drop"))
+        for name in ("min_size", "max_aspect_ratio"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"`data.{name}` must be 1 or more, got {value}.")
         if self.max_caption_length is None:
             return
         if self.max_caption_length < 1:
@@ -378,10 +398,14 @@ class Recipe:
                 "`training.eval_strategy` says how often `evaluation` looks: give both, `evaluation` with a `split`, "
                 "or none of them."
             )
-        owned = {"output_dir", "learning_rate", "weight_decay", "adam_beta2", "seed", "remove_unused_columns"}
-        if twice := sorted(owned & self.training.keys()):
+        for name, place in SET_ELSEWHERE.items():
+            if name in self.training:
+                raise ValueError(f"`training.{name}` is set elsewhere: {place}.")
+        of_adamw = {"optim", "optim_args", "adam_beta1", "adam_epsilon"} & self.training.keys()
+        if self.optimizer.name == "muon" and of_adamw:
             raise ValueError(
-                f"`training.{twice[0]}` is set elsewhere in a recipe: see `optimizer`, `seed` and `--out`."
+                f"`training.{min(of_adamw)}` has no effect with `optimizer.name: muon`, which brings its own AdamW. "
+                "Leave it out."
             )
         _refuse_unknown_keys("training", self.training, _training_argument_names())
 

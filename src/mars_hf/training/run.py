@@ -7,31 +7,17 @@ MARS with its processor.
 
 import json
 import os
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Features
 from diffusers import VQModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.utils import logging
 
 from ..configuration_mars import MarsConfig
-from ..data.emoji_captions import CaptionStyle, emoji_caption, subject_weights
-from ..data.records import (
-    BadRecords,
-    CaptionMix,
-    RecordRules,
-    captions_of,
-    open_records,
-    source_fingerprint,
-    tokenizer_fingerprint,
-    validate_records,
-)
+from ..data.records import source_fingerprint, tokenizer_fingerprint
 from ..modeling_mars import MarsForConditionalGeneration
 from ..processing_mars import MarsProcessor
 from .collation import AlignedCollator, PackedCollator
@@ -39,27 +25,11 @@ from .mixture import MixtureDataset, MixtureStream, PackedStream, Source
 from .muon import muon_with_adamw
 from .recipe import DataPart, ModelPart, Recipe
 from .samples import SamplePictures
+from .sources import build_source, build_sources, rows_of_an_epoch, tell_streams
 from .text import last_checkpoint
 from .trainer import MarsTrainer
 
 logger = logging.get_logger(__name__)
-
-PICTURE = ("image_codes", "height", "width")
-ENCODE = "turn pictures into codes with `mars-hf data encode`"
-
-
-@dataclass
-class CheckedSource(Source):
-    """
-    A [`Source`] whose bad records are left out.
-
-    Args:
-        name (`str`): What the recipe calls it.
-        bad_records ([`BadRecords`]): What was left out; of a stream it fills as it is read.
-    """
-
-    name: str = ""
-    bad_records: BadRecords = field(default_factory=BadRecords, repr=False)
 
 
 def build_model(part: ModelPart) -> tuple[MarsForConditionalGeneration, MarsProcessor]:
@@ -120,94 +90,10 @@ def _attention() -> str:
     return "sdpa" if torch.accelerator.is_available() else "eager"
 
 
-def build_source(part: DataPart, model: MarsForConditionalGeneration, eval_split: str | None = None) -> CheckedSource:
-    """
-    Open a recipe's records and check every one of them; bad ones are left out and counted.
-
-    Args:
-        part ([`DataPart`]): What to open.
-        model ([`MarsForConditionalGeneration`]): Whose codes they have to hold.
-        eval_split (`str`, *optional*): Another split, as it is: without noise, every record as often as the others.
-
-    Raises:
-        ValueError: If a column is missing, or more than 1 % of the records are bad; of a stream, when they are read.
-    """
-    config = model.config
-    rules = RecordRules(
-        min_score=part.min_score,
-        max_caption_length=part.max_caption_length,
-        long_captions=part.long_captions,  # type: ignore[arg-type]
-        codebook_size=config.codebook_size,
-        downsample_factor=config.downsample_factor,
-    )
-    records = open_records(part.source, eval_split or part.split, part.streaming, part.columns, model.vqgan)
-    _refuse_missing_columns(part, records.features)
-    records, bad = validate_records(records, rules, on_bad="skip")
-    options: dict[str, Any] = {"drop_caption": 0.0}
-    if eval_split is None:
-        weights = subject_weights(records["hexcode"], part.balance) if part.balance else None
-        options = {"weights": weights, "code_noise": part.code_noise, "drop_caption": part.drop_caption}
-    source = CheckedSource(
-        part.task, part.share, records, _caption_writer(part, rules), name=part.source, bad_records=bad, **options
-    )
-    if not source.is_stream:
-        tell_bad_records(source)
-    return source
-
-
-def _refuse_missing_columns(part: DataPart, features: Features) -> None:
-    """Refuse data that lack what their task reads, which would end a run in the middle of some batch."""
-    needed = dict.fromkeys(PICTURE, ENCODE)
-    if part.task == "documents":
-        needed = {"segments": "documents are lists of texts and pictures: see `mars_hf.data.records`"}
-        needed |= {f"segments.{name}": ENCODE for name in PICTURE}
-    elif part.caption_form == "emoji":
-        needed |= dict.fromkeys(("caption_en", "caption_zh", "style"), "take `captions: {form: records}`")
-    if part.task == "super-resolution":
-        needed["lowres_codes"] = "encode the pictures with `mars-hf data encode --lowres-factor`"
-    if part.balance:
-        needed["hexcode"] = "leave `balance` out, which is for emoji"
-    if part.min_score is not None:
-        needed["score"] = "leave `min_score` out"
-    parts = getattr(features.get("segments"), "feature", None)
-    given = {*features, *(f"segments.{name}" for name in (parts if isinstance(parts, dict) else ()))}
-    if missing := [name for name in needed if name not in given]:
-        raise ValueError(
-            f"`data`: {part.source} has no `{missing[0]}`, which {part.task} by this recipe reads, only "
-            f"{', '.join(features)}: {needed[missing[0]]}, or give a column that name by `columns`."
-        )
-
-
-def tell_bad_records(source: CheckedSource) -> None:
-    """Log what was left out of a source, if anything was."""
-    bad = source.bad_records
-    if bad.reasons or bad.num_long_captions:
-        logger.warning(f"{source.name}: {bad}")
-
-
-def _tell_streams(sources: Sequence[CheckedSource], args: TrainingArguments) -> None:
-    """Log what was left out of streams while they were read, each pass counted anew."""
-    streams = [source for source in sources if source.is_stream]
-    if streams and args.dataloader_num_workers:
-        logger.warning(
-            "What is left out of a stream is counted by the worker that reads it, and not told here. Set "
-            "`dataloader_num_workers: 0` to see it."
-        )
-    for source in streams:
-        tell_bad_records(source)
-
-
-def _caption_writer(part: DataPart, rules: RecordRules) -> Callable[[dict[str, Any], random.Random], str]:
-    if part.caption_form == "emoji":
-        style = CaptionStyle(**part.caption_shares)
-        return lambda record, rng: emoji_caption(record, rng, style)
-    mix = CaptionMix(**part.caption_shares)
-    return lambda record, rng: mix.choose(captions_of(record, rules), rng.getrandbits(32), 0)
-
-
 def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
     """Give Trainer's arguments; bfloat16 where the machine computes it fast, unless the recipe says so itself."""
-    fast = torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
+    on_cuda = torch.cuda.is_available()
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else torch.cpu._is_amx_tile_supported()
     batch_size = recipe.training["per_device_train_batch_size"]  # each is of one task
     settings = {
         "per_device_eval_batch_size": batch_size,
@@ -239,7 +125,7 @@ def make_trainer(recipe: Recipe, out: Path, compile_pictures: bool = False) -> t
     model, processor = build_model(recipe.model)
     recipe.check_model(model.config)
     args = training_arguments(recipe, out)
-    sources = [build_source(part, model) for part in recipe.data]
+    sources = build_sources(recipe, model, processor.count_tokens, args=args)
     data = _training_rows(recipe, model, processor, sources, args)
     eval_data = _evaluation_rows(recipe, model, processor, args)
     pad = processor.tokenizer.pad_token_id
@@ -254,6 +140,7 @@ def make_trainer(recipe: Recipe, out: Path, compile_pictures: bool = False) -> t
             "muon_learning_rate": recipe.optimizer.muon_learning_rate,
             "learning_rate": recipe.optimizer.learning_rate,
             "weight_decay": recipe.optimizer.weight_decay,
+            "adam_beta2": recipe.optimizer.adam_beta2,
         }
         optimizer["optimizer_cls_and_kwargs"] = (lambda: muon_with_adamw, rates)
     trainer = MarsTrainer(
@@ -272,19 +159,6 @@ def make_trainer(recipe: Recipe, out: Path, compile_pictures: bool = False) -> t
     if looks.prompts:
         trainer.add_callback(SamplePictures(processor, looks.prompts, looks.height, looks.width, recipe.seed))
     return trainer, processor
-
-
-def rows_of_an_epoch(parts: Sequence[DataPart], sources: Sequence[Source]) -> int | None:
-    """
-    Count the rows of one pass over a recipe's data: records that several tasks show count once.
-
-    Returns:
-        `int`, or `None` if there is a stream, whose end is not known.
-    """
-    if any(source.is_stream for source in sources):
-        return None
-    once = {(part.source, part.split): len(source.records) for part, source in zip(parts, sources, strict=True)}
-    return sum(once.values())
 
 
 def _training_rows(
@@ -317,7 +191,7 @@ def _evaluation_rows(
     looks = recipe.evaluation
     if looks.split is None:
         return None
-    sources = [build_source(part, model, looks.split) for part in recipe.data]
+    sources = build_sources(recipe, model, processor.count_tokens, looks.split, args)
     options = {"codes_per_step": recipe.trained_codes_per_step, "seed": recipe.seed}
     rows = MixtureStream(processor, sources, args.per_device_eval_batch_size, looks.num_batches, **options)
     return rows if recipe.packing is None else PackedStream(rows, model.config, recipe.packing)
@@ -396,7 +270,7 @@ def train(recipe: Recipe, out: str | Path, compile_pictures: bool = False, allow
     check_resumption(recipe, out, facts, allow_changes, writes=trainer.args.should_save)
     trainer.train(resume_from_checkpoint=last_checkpoint(out))
     if trainer.args.should_log:
-        _tell_streams(sources, trainer.args)
+        tell_streams(sources, trainer.args)
     if trainer.state.global_step < trainer.state.max_steps:
         return out  # stopped by SIGTERM: the checkpoint is written
     model.config.use_cache = model.config.text_config.use_cache = True  # Trainer turned it off

@@ -8,6 +8,7 @@ batches and can be compiled.
 """
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from safetensors.torch import save_file
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import DynamicCache, Trainer, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.utils import logging
 
 from ..modeling_mars import MarsForConditionalGeneration, is_visual_parameter
 from .losses import HeadLoss, LossTerms, neighbouring_codes
 from .muon import ChainedOptimizer
+
+logger = logging.get_logger(__name__)
 
 TERMS = ("loss", "code", "text", "gate", "num_codes", "num_words")
 CODES = "codes"  # under which the counts of codes are noted, beside the tasks
@@ -61,6 +65,13 @@ class MarsTrainer(Trainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            logger.warning(
+                f"One of {self.args.n_gpu} accelerators is used: torch's DataParallel would cut batches that belong "
+                "together. Start the run with `accelerate launch` to use all of them."
+            )
+            self.args._n_gpu = 1
+            self._train_batch_size = self.args.train_batch_size
         mars = self._mars()
         if label_spread and mars.vqgan is None:
             raise ValueError(
@@ -70,7 +81,7 @@ class MarsTrainer(Trainer):
         trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         _refuse_what_an_adapter_does_not_save(self.model, trained)
         spread = neighbouring_codes(mars.vqgan.quantize.embedding.weight, label_spread) if label_spread else None
-        self.head_loss = HeadLoss(loss_scope, spread, chunk_size)
+        self.head_loss = HeadLoss(loss_scope, spread, chunk_size, agree=self._most if self._is_zero3() else None)
         self.picture_loss = HeadLoss(loss_scope, spread, chunk_size, all_codes=True)
         self.model_accepts_loss_kwargs = True  # the labels of a step are counted over all its batches
         self.prompts_without_gradient = (
@@ -79,9 +90,14 @@ class MarsTrainer(Trainer):
             and not (self.args.gradient_checkpointing or mars.is_activation_checkpointing)
             and all(map(is_visual_parameter, trained))
         )
+        if compile_pictures and not self.prompts_without_gradient:
+            logger.warning(
+                "`compile_pictures` has no effect here: what is compiled runs where the visual part alone trains, in "
+                "one process and without gradient checkpointing."
+            )
         self._pictures = torch.compile(_picture_terms) if compile_pictures else _picture_terms
         self._notes: dict[str, torch.Tensor] = {}
-        self.add_callback(FrozenCheck())
+        self.add_callback(FrozenCheck(self.model))
         if self.args.enable_jit_checkpoint:
             self.add_callback(StopTogether(self.pop_callback(JITCheckpointCallback)))
 
@@ -89,12 +105,27 @@ class MarsTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
+    def _is_zero3(self) -> bool:
+        return self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+
+    def _most(self, count: int) -> int:
+        """Give the largest of the ranks' counts: ZeRO-3 waits in each call of a module until all ranks make it."""
+        largest = torch.tensor(count, device=self.args.device)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        return int(largest)
+
     def create_accelerator_and_postprocess(self) -> None:
         if self.args.accelerator_config.dispatch_batches is None:
             # Rows that come one after the other are read by every process, which keeps its own: accelerate's other
             # way cuts batches up, and ours hold more than tensors of one length.
             self.args.accelerator_config.dispatch_batches = False
         super().create_accelerator_and_postprocess()
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+            # accelerate rounds what the model returns, which here are sums of losses, and gradients where they are
+            # added up.
+            exact = {"reduce_dtype": torch.float32, "output_dtype": None}
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, **exact)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int]:
         return SequentialSampler(self.train_dataset)  # the data set shuffles itself
@@ -178,7 +209,8 @@ class MarsTrainer(Trainer):
     def _note(self, task: str, terms: LossTerms, labels: torch.Tensor) -> None:
         """Add a batch up for the next log, on the device."""
         kind = task if self.model.training else f"eval_{task}"
-        self._add(kind, torch.stack([getattr(terms, name).detach().double() for name in TERMS]))
+        exact = torch.float32 if terms.loss.device.type == "mps" else torch.float64
+        self._add(kind, torch.stack([getattr(terms, name).detach().to(exact) for name in TERMS]))
         if self.model.training:
             config = self._mars().config
             codes = labels[(labels >= config.image_token_offset) & (labels < config.image_start_token_id)]
@@ -262,19 +294,34 @@ class StopTogether(JITCheckpointCallback):
 
 
 class FrozenCheck(TrainerCallback):
-    """Holds the promise of the frozen part: its weights are the same at the end of a run as at its start."""
+    """
+    Holds the promise of the frozen part: its weights are the same at the end of a run as before its start, and so are
+    those of a checkpoint that it goes on from.
 
-    def __init__(self) -> None:
-        self._hashes: dict[str, str] = {}
+    Args:
+        model (`torch.nn.Module`): As it is built, before a checkpoint is read.
+    """
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def __init__(self, model: torch.nn.Module) -> None:
         self._hashes = frozen_hashes(model)
 
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if any(map(_is_sharded, model.parameters())):
+            self._hashes = frozen_hashes(model)  # each process's share from here on
+        self._compare(model, "the checkpoint differs from the model that the run began with")
+
     def on_train_end(self, args, state, control, model=None, **kwargs):
+        self._compare(model, "training changed them")
+
+    def _compare(self, model: torch.nn.Module, how: str) -> None:
         now = frozen_hashes(model)
         changed = sorted(name for name in self._hashes if now.get(name) != self._hashes[name])
         if changed:
-            raise RuntimeError(f"{len(changed)} frozen weights changed in training, {changed[0]} first.")
+            raise RuntimeError(f"{len(changed)} frozen weights changed, {changed[0]} first: {how}.")
+
+
+def _is_sharded(parameter: torch.nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_tensor") or hasattr(parameter, "to_local")
 
 
 def frozen_hashes(model: torch.nn.Module) -> dict[str, str]:

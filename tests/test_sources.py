@@ -1,0 +1,149 @@
+"""Data of a recipe: what is left out before the first step, what is known from an earlier start, what tasks share."""
+
+import json
+from collections import Counter
+
+import pytest
+from datasets import Dataset
+
+from mars_hf.data import records
+from mars_hf.training import sources
+from mars_hf.training.mixture import MixtureDataset, MixtureStream, Source
+from mars_hf.training.recipe import Recipe
+from mars_hf.training.run import make_trainer
+from mars_hf.training.sources import build_sources
+
+
+def pair(number=0, height=16, width=16, **changes):
+    codes = [(number + place) % 40 for place in range(height * width // 16)]
+    texts = {"caption_en": f"apple {number}", "caption_zh": f"苹果{number}", "style": "noto"}
+    small = codes[: len(codes) // 4]
+    return {"image_codes": codes, "height": height, "width": width, "lowres_codes": small, **texts, **changes}
+
+
+@pytest.fixture
+def recipe_of(tiny_model, tiny_processor, tmp_path):
+    """Give a recipe on records of pairs, of which those given are bad."""
+    tiny_model.save_pretrained(tmp_path / "base")
+    tiny_processor.save_pretrained(tmp_path / "base")
+
+    def make(bad=(), stage="alignment", config=None, packing=None, ks=None, good=200, **part):
+        rows = [pair(number) for number in range(good)]
+        rows[7:7] = bad
+        Dataset.from_list(rows).to_parquet(tmp_path / "pairs.parquet")
+        source = {"source": str(tmp_path / "pairs.parquet"), "task": "text-to-image", **part}
+        values = {
+            "stage": stage,
+            "model": {"base": str(tmp_path / "base"), "config": config or {}},
+            "data": [source],
+            "training": {"max_steps": 2, "per_device_train_batch_size": 2},
+            "packing": packing,
+            "codes_per_step": ks,
+        }
+        (tmp_path / "recipe.yaml").write_text(json.dumps(values))
+        return Recipe.load(tmp_path / "recipe.yaml")
+
+    return make
+
+
+STAGE_3 = {"stage": "super-resolution", "task": "super-resolution", "ks": [1]}
+FACTOR = {"super_resolution_factor": 2}
+CELLS = {"cell_embedding": True, "max_grid_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("bad", "changes", "reason"),
+    [
+        ([pair(caption_en="a" * 60, caption_zh=None)], {"packing": 64}, "row too long"),
+        ([pair(height=48, width=48)], {}, "row too long"),  # 144 codes in a context of 128
+        ([pair(height=20)], {"config": CELLS, "ks": [1]}, "picture too large"),
+        ([pair(height=12, lowres_codes=[1] * 3)], {**STAGE_3, "config": FACTOR}, "low-resolution codes do not fit"),
+        ([pair(lowres_codes=None)], {**STAGE_3, "config": FACTOR}, "low-resolution codes do not fit"),
+        ([pair(lowres_codes=[1, 2, 3, 40])], {**STAGE_3, "config": FACTOR}, "codes out of range"),
+        ([pair(style=None)], {"captions": {"form": "emoji"}}, "no caption"),
+        ([pair(caption_zh="")], {"captions": {"form": "emoji"}}, "no caption"),
+        ([pair(height=4, width=8)], {"min_size": 8}, "picture too small"),
+        ([pair(height=4, width=24)], {"max_aspect_ratio": 2.0}, "picture too elongated"),
+    ],
+)
+def test_a_record_of_which_no_row_can_be_made_is_left_out_before_the_first_step(
+    recipe_of, tmp_path, bad, changes, reason
+):
+    recipe = recipe_of(bad, **changes)
+    trainer, _ = make_trainer(recipe, tmp_path / "run")
+    (source,) = getattr(trainer.train_dataset, "rows", trainer.train_dataset).sources
+    assert source.bad_records.reasons == {reason: 1} and len(source.records) == 200
+
+
+def test_orders_and_low_resolution_that_do_not_fit_a_grid_are_left_out(recipe_of, tmp_path):
+    config = {"code_order": "block2x2", "cell_embedding": True, "codes_per_step": [4]}
+    recipe = recipe_of([pair(height=12)], config=config, ks=[4])
+    trainer, _ = make_trainer(recipe, tmp_path / "run")
+    assert trainer.train_dataset.sources[0].bad_records.reasons == {"picture cannot be drawn in this order": 1}
+
+
+def test_more_than_a_share_of_such_records_ends_the_run_before_it_begins(recipe_of, tmp_path):
+    long = [pair(caption_en="a" * 60) for _ in range(3)]
+    with pytest.raises(ValueError, match=r"More than 1.0% .*3 row too long.*`packing`"):
+        make_trainer(recipe_of(long, packing=64), tmp_path / "run")
+
+
+def test_a_row_as_long_as_a_pack_is_kept(recipe_of, tmp_path):
+    # 16 codes, `<img>`, `</img>`, the end, and " 16x16" leave 39 bytes of 64 to a caption.
+    fits, too_long = pair(caption_en="a" * 39, caption_zh=None), pair(caption_en="a" * 40, caption_zh=None)
+    trainer, _ = make_trainer(recipe_of([fits, too_long], packing=64), tmp_path / "run")
+    assert len(trainer.train_dataset.rows.sources[0].records) == 201
+    for pack in zip(range(99), trainer.train_dataset, strict=False):
+        assert pack
+
+
+def test_what_was_left_out_is_known_at_the_next_start_and_not_when_data_or_recipe_change(
+    recipe_of, tmp_path, monkeypatch
+):
+    checked = []
+    find = sources.find_bad_records
+
+    def counted(dataset, *args, **kwargs):
+        checked.append(len(dataset))
+        return find(dataset, *args, **kwargs)
+
+    monkeypatch.setattr(sources, "find_bad_records", counted)
+    recipe = recipe_of([pair(height=48, width=48)])
+    found = [make_trainer(recipe, tmp_path / "run")[0].train_dataset.sources[0] for _ in range(2)]
+    assert checked == [201]
+    assert found[0].bad_records == found[1].bad_records and found[1].bad_records.reasons == {"row too long": 1}
+    assert found[0].records["caption_en"] == found[1].records["caption_en"]
+    make_trainer(recipe_of([pair(height=48, width=48)], min_size=8), tmp_path / "run")
+    make_trainer(recipe_of([], min_size=8), tmp_path / "run")
+    assert checked == [201, 201, 200]
+
+
+def test_tasks_of_the_same_data_check_it_once_and_show_each_record_in_one_of_them(
+    recipe_of, tiny_model, tiny_processor, monkeypatch
+):
+    opened = []
+    monkeypatch.setattr(sources, "open_records", lambda *args: opened.append(args) or records.open_records(*args))
+    recipe = recipe_of(good=12)
+    recipe.data.append(type(recipe.data[0])(recipe.data[0].source, "captioning"))
+    both = build_sources(recipe, tiny_model, tiny_processor.count_tokens)
+    assert len(opened) == 1 and both[0].records is both[1].records
+    rows = MixtureDataset(tiny_processor, both, batch_size=2, num_batches=12)
+    shown = [rows.record_of(index)["caption_en"] for index in range(len(rows))]
+    assert {len(set(shown[start : start + 12])) for start in (0, 12)} == {12}
+    assert {rows.source_of(index).task for index in range(12)} == {"text-to-image", "captioning"}
+    streamed = list(MixtureStream(tiny_processor, both, batch_size=2, num_batches=12))
+    assert streamed == [rows[index] for index in range(len(rows))]
+
+
+def test_weighted_sources_of_the_same_data_have_passes_of_their_own(tiny_processor):
+    import torch
+
+    data, first = [pair(number) for number in range(4)], torch.tensor([1.0, 0.0, 0.0, 0.0])
+    captions = {"write_caption": lambda record, rng: record["caption_en"]}
+    both = [Source("text-to-image", 0.5, data, weights=first, **captions), Source("captioning", 0.5, data, **captions)]
+    rows = MixtureDataset(tiny_processor, both, batch_size=2, num_batches=12)
+    shown = [(rows.source_of(index).task, rows.record_of(index)["caption_en"]) for index in range(len(rows))]
+    counts = Counter(shown)
+    assert {name for task, name in counts if task == "text-to-image"} == {"apple 0"}
+    captioned = [name for task, name in shown if task == "captioning"]
+    assert len(set(captioned[:4])) == 4
