@@ -3,19 +3,21 @@ The paper's ablations (its Tables 3 and 4) and our own, and next-K-token predict
 the width of mars-emoji.
 
     python examples/train_text_model.py --data-cache data/packages --out runs/text-half --hidden-size 128 --compile
-    mars-hf data encode --data data/emoji-64 --out data/emoji-64-codes
+    encode="mars-hf data encode --model runs/vqgan"
+    $encode --data data/emoji-64 --size 64 64 --out data/emoji-64-codes
     mars-hf data canvases --data data/emoji-128 --out data/emoji-canvas
-    mars-hf data encode --data data/emoji-canvas --short-side 64 --out data/emoji-canvas-codes
-    mars-hf data encode --data data/emoji-128 --size 128 128 --lowres-factor 2 --out data/emoji-128-codes
+    $encode --data data/emoji-canvas --short-side 64 --out data/emoji-canvas-codes
+    $encode --data data/emoji-128 --size 128 128 --lowres-factor 2 --out data/emoji-128-codes
     python benchmarks/ablations.py --data data --text runs/text-half --vqgan runs/vqgan --out runs/ablations --compile
 
 Every arm of a seed sees the same rows in the same order and as many labelled codes: steps of the later stages are
-taken from the first. Each writes OUT/ARM-SEED.json when it is done; interrupted, the same command goes on. Recipes are
+taken from the first, and batches hold as many codes in each. Each arm writes OUT/ARM-SEED.json when it is done;
+interrupted, the same command goes on; an arm that fails does not keep the others from running. Recipes are
 emoji/stage1 to emoji/stage3 with what the arm changes. What has no super-resolution of its own is made larger by
-bicubic enlargement.
+bicubic enlargement; what has one draws by K = 1 and by K = 16.
 
-The arms of next-K-token prediction go on from the model of stages I and II of the first seed. Those of K = 16 take the
-two orders that were best at K = 4.
+The arms of next-K-token prediction go on from the model of stages I and II of the first seed. All but the first embed
+the cells. Those of K = 16 take the two orders that were best at K = 4.
 """
 
 import argparse
@@ -23,8 +25,10 @@ import json
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import load_dataset
@@ -50,7 +54,7 @@ STAGES = {
 PREDICTION = {
     "K1 raster": {"codes_per_step": 1, "code_order": "raster", "cell_embedding": False},
     "K1 raster, cells": {"codes_per_step": 1, "code_order": "raster", "cell_embedding": True},
-    "K4 raster": {"codes_per_step": 4, "code_order": "raster", "cell_embedding": False},
+    "K4 raster": {"codes_per_step": 4, "code_order": "raster", "cell_embedding": True},
     "K4 region": {"codes_per_step": 4, "code_order": "region", "cell_embedding": True},
     "K4 block2x2": {"codes_per_step": 4, "code_order": "block2x2", "cell_embedding": True},
     "K16 best order": {},
@@ -61,10 +65,10 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--data", required=True, type=Path, help="folder of the data sets named above")
 parser.add_argument("--text", required=True, help="language model")
 parser.add_argument("--vqgan", required=True, help="image tokenizer")
-parser.add_argument("--out", required=True, type=Path)
+parser.add_argument("--out", required=True, type=Path, help="of one setting of the options below and of the data")
 parser.add_argument("--arms", nargs="+", choices=[*STAGES, *PREDICTION], default=[*STAGES, *PREDICTION])
 parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-parser.add_argument("--steps", type=int, default=1000, help="of Stage I alone, 4,096 labelled codes each")
+parser.add_argument("--steps", type=int, default=1000, help="of Stage I alone, 3,600 labelled codes each")
 parser.add_argument("--pictures", type=int, default=200, help="to judge by; the Fréchet distance takes more than 32")
 parser.add_argument("--compile", action="store_true", help="takes a C++ compiler")
 options = parser.parse_args()
@@ -73,7 +77,8 @@ options = parser.parse_args()
 def recipe(stage: int, steps: int, seed: int, base: Path | None = None, **changes) -> Recipe:
     """Give the package's recipe of a stage with another length, models and data of this machine, and `changes`."""
     found = Recipe.load(f"emoji/stage{stage}")
-    rows = {1: 64, 2: 64, 3: 16}[stage]  # Stage III's pictures have four times the codes
+    # As many labelled codes a batch: 0.88 * 64 rows of 64; 49 of which 0.4 have 64 and 0.5 have 96; 14 of 256.
+    rows = {1: 64, 2: 49, 3: 14}[stage]
     # Without the drawings of another base.
     parts = [part for part in found.data if not part.source.endswith("-drawn")]
     data = [replace(part, source=str(options.data / Path(part.source).name)) for part in parts]
@@ -97,31 +102,49 @@ def recipe(stage: int, steps: int, seed: int, base: Path | None = None, **change
 def run(name: str, what: Recipe) -> tuple[Path, float]:
     """Train, or go on; give the finished model and the minutes that it took in all."""
     out = options.out / "runs" / name
-    clock = out / "minutes.json"
+    clock, stated = out / "minutes.json", out / "run.json"
     before = json.loads(clock.read_text()) if clock.exists() else 0.0
-    if not (out / "final" / "config.json").exists():
-        begin = time.monotonic()
-        try:
-            made = train(what, out, options.compile)
-        finally:
-            before += (time.monotonic() - begin) / 60
-            out.mkdir(parents=True, exist_ok=True)
-            clock.write_text(json.dumps(before))
-        if made != out / "final":
-            sys.exit(f"{out} was stopped; the same command goes on.")
-    return out / "final", before
+    if (out / "final" / "processor_config.json").exists():  # the last file of a finished run
+        if json.loads(stated.read_text())["recipe"] != json.loads(json.dumps(what.to_dict())):
+            sys.exit(f"{out} was trained by another recipe than this one. Take another --out.")
+        return out / "final", before
+    torch.compiler.reset()  # what earlier runs compiled counts against a limit of variants
+    begin = time.monotonic()
+    try:
+        made = train(what, out, options.compile)
+    finally:
+        before += (time.monotonic() - begin) / 60
+        write(clock, before)
+    if made != out / "final":
+        sys.exit(f"{out} was stopped; the same command goes on.")
+    return made, before
 
 
-def identity(model: Path) -> dict[str, float]:
+def write(file: Path, found: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(".part")
+    scratch.write_text(json.dumps(found, indent=1))
+    scratch.replace(file)
+
+
+def identity(model: Path, *asked: str) -> dict[str, float]:
     """Top-1 of 100 on train and test prompts, by emoji_identity.py."""
     file = model.parent / "identity.json"
-    asked = ["--data", str(options.data / "emoji-64"), "--model", str(model), "--prompts", str(options.pictures)]
+    asked = (
+        "--data",
+        str(options.data / "emoji-64"),
+        "--model",
+        str(model),
+        "--prompts",
+        str(options.pictures),
+        *asked,
+    )
     subprocess.run([sys.executable, BENCHMARKS / "emoji_identity.py", *asked, "--json", file], check=True)
-    return json.loads(file.read_text())["top_1"]
+    return json.loads(file.read_text())["scores"]
 
 
 @torch.no_grad()
-def distance_at_128(base: Path, enlarger: Enlarger | None) -> float:
+def distance_at_128(base: Path, enlarger: Enlarger | None, k: int = 1) -> float:
     """Fréchet distance on VQ-GAN features between pictures of test prompts at 128 pixels and the true ones."""
     model = MarsForConditionalGeneration.from_pretrained(base, dtype=torch.float32).eval()
     processor = MarsProcessor.from_pretrained(base)
@@ -136,13 +159,13 @@ def distance_at_128(base: Path, enlarger: Enlarger | None) -> float:
         ids = model.generate(**inputs, generation_mode="image", generator=generator)
         if enlarger is None:
             small = torch.stack(model.decode_image_tokens(ids, inputs["image_sizes"]))
-            drawn.append(F.interpolate(small, truth.shape[-2:], mode="bicubic").clamp(-1, 1))
+            drawn.append(F.interpolate(small, truth.shape[-2:], mode="bicubic", antialias=True))  # Pillow's kernel
         else:
             grids = [codes for row in model.collect_image_codes(ids, inputs["image_sizes"]) for codes in row]
-            drawn.append(torch.stack(enlarger(texts, grids, generator=generator)))
+            drawn.append(torch.stack(enlarger(texts, grids, generator=generator, codes_per_step=k)))
 
     def features(pixels: torch.Tensor) -> torch.Tensor:
-        states = torch.cat([model.vqgan.encoder(batch) for batch in pixels.split(20)])
+        states = torch.cat([model.vqgan.encoder(batch.clamp(-1, 1)) for batch in pixels.split(20)])
         return F.adaptive_avg_pool2d(states, 2).flatten(1)
 
     return frechet_distance(features(torch.cat(drawn)), features(truth))
@@ -162,14 +185,19 @@ def stages_arm(arm: str, seed: int) -> dict:
         else:
             model = made
     assert model is not None
-    return {"minutes": minutes, "top_1": identity(model), "frechet_128": distance_at_128(model, enlarger)}
+    return {
+        "minutes": minutes,
+        "top_1": identity(model),
+        "top_1_64x96": identity(model, "--size", "64", "96", "--splits", "test", "--languages", "en"),
+        "frechet_128": {k: distance_at_128(model, enlarger, k) for k in ((1, 16) if enlarger else (1,))},
+    }
 
 
 def prediction_arm(arm: str, seed: int) -> dict:
     settings = dict(PREDICTION[arm])
     if not settings:
         settings = {"codes_per_step": 16, "code_order": best_orders(seed)[arm == "K16 second order"]}
-        settings["cell_embedding"] = settings["code_order"] != "raster"
+        settings["cell_embedding"] = True
     first, second = (round(share * options.steps) for share in STAGES["stages I, II"]["shares"])
     base, _ = run(f"stages-I-II-1-{seed}", recipe(1, first, seed))
     base, _ = run(f"stages-I-II-2-{seed}", recipe(2, second, seed, base))
@@ -203,13 +231,14 @@ def results(arms: dict, seeds: list[int]) -> dict[str, list[dict]]:
 
 def print_stages() -> None:
     """Print the first table, seeds side by side."""
-    print("\n| arm | minutes | train, en | train, zh | test, en | test, zh | Fréchet, 128 px |")
-    print("|---|---|---|---|---|---|---|")
+    print("\n| arm | minutes | train, en | train, zh | test, en | test, zh | test, en, 64 x 96 | Fréchet, 128 px |")
+    print("|---|---|---|---|---|---|---|---|")
     for arm, done in results(STAGES, options.seeds).items():
         names = [f"{split}, {language}" for split in ("train", "test") for language in ("en", "zh")]
         columns = [[f"{one['minutes']:.0f}" for one in done]]
         columns += [[f"{one['top_1'][name]:.1f}" for one in done] for name in names]
-        columns += [[f"{one['frechet_128']:.3f}" for one in done]]
+        columns += [[f"{one['top_1_64x96']['test, en']:.1f}" for one in done]]
+        columns += [[" / ".join(f"{score:.3f}" for score in one["frechet_128"].values()) for one in done]]
         if done:
             print(f"| {arm} | {' | '.join(', '.join(cells) for cells in columns)} |")
 
@@ -226,19 +255,34 @@ def print_prediction() -> None:
             print(f"| {arm} | {row} | {score['psnr']:.2f} | {score['frechet']:.4f} |")
     for name, score in beside.items():
         print(f"| {name} | | | {score['psnr']:.2f} | {score['frechet']:.4f} |")
+    files = {arm: file_of(arm, options.seeds[0]) for arm in ("K1 raster, cells", "K16 best order")}
+    if all(file.exists() for file in files.values()):
+        one, many = (json.loads(file.read_text())["scores"] for file in files.values())
+        ratio = many["drawn, K = 16"]["frechet"] / one["drawn, K = 1"]["frechet"]
+        print(f"\nFréchet distance of the best order at K = 16 to K = 1 with cells: {ratio:.2f}x")
 
 
 if __name__ == "__main__":
     torch.set_flush_denormal(True)
     options.out.mkdir(parents=True, exist_ok=True)
+    settings, failed = {"steps": options.steps, "pictures": options.pictures}, []
     for arm in options.arms:
         for seed in options.seeds if arm in STAGES else options.seeds[:1]:
             file = file_of(arm, seed)
-            if not file.exists():
-                print(f"== {arm}, seed {seed}", flush=True)
+            if file.exists():
+                found = json.loads(file.read_text())
+                if other := {name for name in settings if found[name] != settings[name]}:
+                    sys.exit(f"{file} was measured with other --{min(other)}. Take another --out.")
+                continue
+            print(f"== {arm}, seed {seed}", flush=True)
+            try:
                 result = stages_arm(arm, seed) if arm in STAGES else prediction_arm(arm, seed)
-                scratch = file.with_suffix(".part")
-                scratch.write_text(json.dumps({"arm": arm, "seed": seed, "steps": options.steps, **result}, indent=1))
-                scratch.replace(file)
+            except Exception:  # a loss that is no number comes again: the other arms go on
+                traceback.print_exc()
+                failed.append(f"{arm}, seed {seed}")
+                continue
+            write(file, {"arm": arm, "seed": seed, **settings, **result})
     print_stages()
     print_prediction()
+    if failed:
+        sys.exit(f"Failed: {'; '.join(failed)}.")

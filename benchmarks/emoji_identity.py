@@ -10,8 +10,8 @@ of the true pictures score (the ceiling) and, for test prompts, how far drawings
 nearest train picture of the same subject in another style, which is what a model that only copies would draw.
 
 With `--size 64 96` or `--size 96 64` the emoji is looked for in the middle of the canvas, where training has it. Then
-the same prompts are drawn on square canvases too, while the text goes on to name the other size: the share of pictures
-that this changes says whether the size is read at all.
+the same prompts are drawn on square canvases too, once by a text that names this size and once by one that names the
+other: how far apart the pictures are says whether the size is read, beside how far another seed takes them.
 """
 
 import argparse
@@ -72,9 +72,9 @@ def prompt(record: dict, language: str) -> str:
     return f"{caption}, {style} style" if language == "en" else f"{caption}，{style} 风格"
 
 
-def draw(prompts: list[str], written: list[int], height: int, width: int) -> list[np.ndarray]:
+def draw(prompts: list[str], written: list[int], height: int, width: int, seed: int = 0) -> list[np.ndarray]:
     """Draw pictures of a size from prompts that name the size `written`; give the square in their middle."""
-    pictures, generator = [], torch.Generator().manual_seed(options.seed)
+    pictures, generator = [], torch.Generator().manual_seed(options.seed + seed)
     for start in tqdm(range(0, len(prompts), options.batch_size), desc="Drawing", unit="batch", leave=False):
         batch = prompts[start : start + options.batch_size]
         inputs = processor(batch, height=written[0], width=written[1], return_tensors="pt")
@@ -147,10 +147,12 @@ print(f"{'split':10} {'pictures':22} top-1 of {NUM_CANDIDATES}, %")
 for split in options.splits:
     truths, candidates = choose(split)
     images = [everything[truth]["image"] for truth in truths]
-    print(f"{split:10} {'reconstructions':22} {score(reconstruct(images), candidates):.1f}")
+    scores[f"{split}, reconstructions"] = score(reconstruct(images), candidates)
+    print(f"{split:10} {'reconstructions':22} {scores[f'{split}, reconstructions']:.1f}")
     if split != "train":
         known = [(nearest_copy(row[0]), row) for row in candidates if keys[row[0]]["hexcode"] in train_of_subject]
         share = score([copy for copy, _ in known], [row for _, row in known])
+        scores[f"{split}, best copy from train"] = share
         print(f"{split:10} {'best copy from train':22} {share:.1f} (of {len(known)} subjects that train holds)")
     for language in options.languages:
         prompts = [prompt(keys[truth], language) for truth in truths]
@@ -158,10 +160,18 @@ for split in options.splits:
         scores[f"{split}, {language}"] = score(drawn, candidates)
         print(f"{split:10} {'drawn, ' + language:22} {scores[f'{split}, {language}']:.1f}", flush=True)
         if height != width:
-            side = min(height, width)
-            told, other = (draw(prompts, written, side, side) for written in ([side, side], options.size))
-            changed = 100 * sum(bool((a != b).any()) for a, b in zip(told, other, strict=True)) / len(told)
-            print(f"{'':10}   named on {side}x{side} pixels, {height}x{width} changes {changed:.0f} % of the pictures")
+            side = [min(height, width)] * 2
+            named, other, again = (
+                draw(prompts, written, *side, seed=seed) for written, seed in ((side, 0), (options.size, 0), (side, 1))
+            )
+            pairs = ([distance(*pair) for pair in zip(named, changed, strict=True)] for changed in (other, again))
+            by_size, by_seed = map(median, pairs)
+            scores[f"{split}, {language}: distance by the size named"] = by_size
+            scores[f"{split}, {language}: distance by the seed"] = by_seed
+            print(
+                f"{'':10}   on {side[0]}x{side[1]} pixels: naming {height}x{width} moves pictures by {by_size:.4f}, "
+                f"another seed by {by_seed:.4f}"
+            )
         to_truth = [distance(picture, thumbnails[truth]) for picture, truth in zip(drawn, truths, strict=True)]
         if split == "train":
             print(f"{'':10}   median squared distance to the truth {median(to_truth):.4f}")
@@ -176,5 +186,7 @@ for split in options.splits:
             f"{'':10}   median squared distance to the truth {median(t for t, _ in pairs):.4f}, to the nearest train "
             f"picture of the subject {median(c for _, c in pairs):.4f}; nearer to the latter {nearer:.0f} %"
         )
+    if {"en", "zh"} <= set(options.languages):
+        print(f"{'':10}   Chinese less English: {scores[f'{split}, zh'] - scores[f'{split}, en']:+.1f} points")
 if options.json:
-    options.json.write_text(json.dumps({"model": options.model, "size": options.size, "top_1": scores}, indent=1))
+    options.json.write_text(json.dumps({"model": options.model, "size": options.size, "scores": scores}, indent=1))

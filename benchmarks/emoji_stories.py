@@ -6,12 +6,15 @@ is due (nearest to the true one of 100 pictures of its style, as in emoji_identi
     mars-hf data emoji --size 64 --out data/emoji-64
     python benchmarks/emoji_stories.py --data data/emoji-64 --model FOLDER
 
-Printed too: how likely `<img>` was, and its rank, where the story wants a picture and the text before it is the true
-one.
+A title is held out if it has a held-out pair of subject and style; the pairs beside it may be of the training set, so
+both are counted apart. Printed too: how likely `<img>` was, and its rank, where the story wants a picture and the text
+before it is the true one.
 """
 
 import argparse
+import json
 import random
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from mars_hf import DEFAULT_CHECKPOINT, MarsForConditionalGeneration, MarsProcessor
+from mars_hf.data.emoji import split_of
 from mars_hf.data.stories import held_out_stories
 
 SIDE, NUM_CANDIDATES, MAX_NEW_TOKENS = 32, 100, 448
@@ -29,6 +33,7 @@ parser.add_argument("--data", required=True, help="emoji data at 64 pixels")
 parser.add_argument("--model", default=str(DEFAULT_CHECKPOINT))
 parser.add_argument("--stories", type=int, default=50)
 parser.add_argument("--seed", type=int, default=0, help="of the pictures' sampler")
+parser.add_argument("--json", type=Path, help="write the scores to this file too")
 options = parser.parse_args()
 
 torch.set_flush_denormal(True)
@@ -87,21 +92,34 @@ def starts_of_pictures(story: dict) -> list[tuple[float, int]]:
 
 
 stories = held_out_stories(data, options.stories)
-ended = right_number = recognised = wanted = 0
+ended = right_number = 0
+recognised: dict[str, list[bool]] = {"train": [], "test": []}
 starts: list[tuple[float, int]] = []
 for story in tqdm(stories, unit="story", leave=False):
     starts += starts_of_pictures(story)
     by_itself, *pictures = tell(story)
     ended += by_itself
     right_number += by_itself and len(pictures) == len(story["expected"])
-    wanted += len(story["expected"])
-    told = zip(pictures, story["expected"], strict=False)  # too few pictures are as bad as wrong ones
-    recognised += sum(is_recognised(picture, *subject) for picture, subject in told)
+    for number, subject in enumerate(story["expected"]):  # a picture that is missing is as bad as a wrong one
+        is_right = number < len(pictures) and is_recognised(pictures[number], *subject)
+        recognised["test" if split_of(*subject) == "test" else "train"].append(is_right)
 
-chances, ranks = zip(*starts, strict=True)
-print(f"{options.model}: {len(stories)} stories, greedy words")
-shares = [100 * number / len(stories) for number in (ended, right_number)]
-print(f"ends by itself: {shares[0]:.0f} %, with the right number of pictures {shares[1]:.0f} %")
-print(f"pictures that show the subject that is due: {100 * recognised / wanted:.0f} % of {wanted}")
-first = 100 * np.mean(np.array(ranks) == 1)
-print(f"`<img>` where it is due: median chance {np.median(chances):.3f}, first in {first:.0f} %")
+chances, ranks = map(np.array, zip(*starts, strict=True))
+every = [*recognised["train"], *recognised["test"]]
+scores = {
+    "ends by itself, %": 100 * ended / len(stories),
+    "with the right number of pictures, %": 100 * right_number / len(stories),
+    "pictures that show the subject that is due, %": 100 * float(np.mean(every)),
+    **{f"of them of {split} pairs, %": 100 * float(np.mean(of)) for split, of in recognised.items() if of},
+    "`<img>` where it is due: median chance": float(np.median(chances)),
+    "its lowest chance": float(chances.min()),
+    "first in, %": 100 * float(np.mean(ranks == 1)),
+    "its worst rank": int(ranks.max()),
+}
+print(
+    f"{options.model}: {len(stories)} stories, greedy words; {len(every)} pictures, {len(recognised['test'])} held out"
+)
+for name, score in scores.items():
+    print(f"{name:48} {score:8.3g}")
+if options.json:
+    options.json.write_text(json.dumps({"model": options.model, "stories": len(stories), "scores": scores}, indent=1))

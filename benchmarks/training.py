@@ -13,8 +13,10 @@ CPU. The dense model takes transformers' own loss, of the logits of all position
     memory   what resident memory grows by, from before the model is made to the highest point of three steps:
              weights, gradients, states, activations and freed memory that is not given back; each system in a process
              of its own (Linux)
-    loader   the share of time that a model trains and does not wait for rows, made of precomputed codes in the same
-             process: mars-emoji, measured, and ours of the part `time`, computed from its step
+    loader   the share of time that a model trains and does not wait for rows, made of precomputed codes: mars-emoji,
+             measured, and ours of the part `time`, computed from its step. With --emoji-codes the recipe emoji/stage1
+             runs on these, compiled and with its own loader process; without, rows of random codes are made in the
+             process that trains
     packing  the share of places that packs leave empty, by the lengths of rows: of mars-emoji's sizes, of Stage II
              with short sides of 512 pixels, or of --lengths
 
@@ -32,6 +34,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from ctypes import CDLL
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,13 +43,16 @@ import torch
 import transformers
 from _measuring import MIB, Results, resident, table
 from _systems import FACTOR, Shape, grid_of
+from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
 
 from mars_hf import DEFAULT_CHECKPOINT, MarsConfig, MarsForConditionalGeneration, MarsProcessor
+from mars_hf.data.records import CODES_FILE
 from mars_hf.training.collation import AlignedCollator, ShiftedRow
 from mars_hf.training.mixture import MixtureDataset, PackedStream, Source
-from mars_hf.training.recipe import Recipe
+from mars_hf.training.recipe import ModelPart, Recipe
+from mars_hf.training.run import make_trainer
 from mars_hf.training.trainer import MarsTrainer
 
 PARTS = ("time", "memory", "loader", "packing")
@@ -66,6 +72,9 @@ parser.add_argument("--prompt", type=int, default=24, help="tokens")
 parser.add_argument("--codes", type=int, default=64, help="of a picture")
 parser.add_argument("--batch", type=int, default=16, help="rows of a step, of the parts `time` and `memory`")
 parser.add_argument("--loader-batch", type=int, default=64, help="rows of a step of mars-emoji")
+parser.add_argument(
+    "--emoji-codes", type=Path, metavar="FOLDER", help="codes of the emoji data, for the part `loader`"
+)
 parser.add_argument("--repeats", type=int, default=9)
 parser.add_argument("--rows", type=int, default=4096, help="rows that are packed")
 parser.add_argument("--lengths", type=Path, metavar="FILE", help="lengths of rows in tokens, one a line, to pack")
@@ -84,6 +93,8 @@ if options.resume and not options.json:
     parser.error("--resume needs --json FILE, the file to go on with")
 if Shape.hidden_size % (options.scale * Shape.num_heads * 2):
     parser.error(f"--scale {options.scale} leaves no even width to the {Shape.num_heads} heads; take 2, 4, 8 or 16")
+if options.emoji_codes and not (options.emoji_codes / CODES_FILE).is_file():
+    parser.error(f"--emoji-codes {options.emoji_codes}: `mars-hf data encode` wrote no codes there")
 if options.lengths and not options.lengths.is_file():
     parser.error(f"--lengths {options.lengths}: there is no such file")
 
@@ -252,8 +263,9 @@ def emoji_records(processor: MarsProcessor, count: int) -> list[dict[str, Any]]:
 
 def emoji_rows(processor: MarsProcessor, batch: int, num_batches: int) -> MixtureDataset:
     """Give the rows of Stage I of mars-emoji, by its shares and its noise."""
+    records = Dataset.from_list(emoji_records(processor, 512))
     sources = [
-        Source(part.task, part.share, emoji_records(processor, 512), _caption, code_noise=part.code_noise)
+        Source(part.task, part.share, records, _caption, code_noise=part.code_noise)
         for part in Recipe.load("emoji/stage1").data
     ]
     return MixtureDataset(processor, sources, batch, num_batches)
@@ -263,23 +275,37 @@ def _caption(record: dict[str, Any], rng: random.Random) -> str:
     return record["caption"]
 
 
-def measure_loader() -> dict[str, list[float]]:
-    """Train mars-emoji by Trainer's own loader; give the seconds that each step waits for its batch and trains."""
+def loader_trainer(steps: int) -> MarsTrainer:
+    """Build the trainer of emoji/stage1: on its real codes as it is, or on random ones in small."""
+    if options.emoji_codes is not None:
+        recipe = Recipe.load("emoji/stage1")
+        data = [replace(part, source=str(options.emoji_codes)) for part in recipe.data]
+        training = {**recipe.training, "max_steps": steps, "per_device_train_batch_size": options.loader_batch}
+        training |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None}
+        base = ModelPart(base=str(DEFAULT_CHECKPOINT))
+        recipe = replace(recipe, model=base, data=data, training=training)
+        return make_trainer(recipe, Path(folder.name) / "loader", compile_pictures=True)[0]
     processor = MarsProcessor.from_pretrained(DEFAULT_CHECKPOINT)
     model = MarsForConditionalGeneration.from_pretrained(
         DEFAULT_CHECKPOINT, dtype=torch.float32, attn_implementation="eager"
     )
-    steps = options.repeats + 2
     rows = emoji_rows(processor, options.loader_batch, steps)
     collate = AlignedCollator(model.config, processor.tokenizer.pad_token_id)
-    step = Step(MarsTrainer(model=model, args=arguments(), train_dataset=rows, data_collator=collate))
+    return MarsTrainer(model=model, args=arguments(), train_dataset=rows, data_collator=collate)
+
+
+def measure_loader() -> dict[str, list[float]]:
+    """Train mars-emoji by Trainer's own loader; give the seconds that each step waits for its batch and trains."""
+    warm = 2 if options.emoji_codes is None else 40  # every shape of a batch is compiled once
+    steps = options.repeats + warm
+    step = Step(loader_trainer(steps))
     loader, found = iter(step.trainer.get_train_dataloader()), {"wait": [], "step": []}
     for number in tqdm(range(steps), desc="loader", unit="step", leave=False):
         start = time.perf_counter()
         batch = next(loader)
         fetched = time.perf_counter()
         step(batch)
-        if number >= 2:
+        if number >= warm:
             found["wait"].append(fetched - start)
             found["step"].append(time.perf_counter() - fetched)
     return found

@@ -24,6 +24,8 @@ from mars_hf import MarsForConditionalGeneration, MarsProcessor
 from mars_hf.data.emoji_captions import CaptionStyle, emoji_caption
 from mars_hf.data.encode import open_manifest, read_manifest, write_manifest
 from mars_hf.data.records import open_records
+from mars_hf.image_processing_mars import decode_codes
+from mars_hf.weights_mars import weight_files, weights_digest
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", required=True, help="the base model")
@@ -43,13 +45,13 @@ def small_size(record: dict, factor: int) -> tuple[int, int]:
 @torch.no_grad()
 def draw(model, processor, records: list[dict], captions: list[str], size: tuple[int, int], generator) -> list[dict]:
     """Draw small pictures of one size; give the records whose drawing is near enough to the true one."""
-    prompts = processor(captions, height=size[0], width=size[1])
+    prompts = processor(captions, height=size[0], width=size[1]).to(model.device)
     sequences = model.generate(**prompts, generation_mode="image", generator=generator)
-    drawn = [row[0] for row in model.collect_image_codes(sequences, prompts["image_sizes"])]
+    drawn = [row[0].cpu() for row in model.collect_image_codes(sequences, prompts["image_sizes"])]
     truths = [
         torch.tensor(record["lowres_codes"]).view_as(codes) for record, codes in zip(records, drawn, strict=True)
     ]
-    ours, theirs = (torch.stack(model_pixels(model, codes)) for codes in (drawn, truths))
+    ours, theirs = (torch.stack(decode_codes(model.vqgan, codes)) for codes in (drawn, truths))
     distances = ((ours - theirs) / 2).square().mean((1, 2, 3)).tolist()
     return [
         {**record, "lowres_codes": codes.flatten().tolist(), "distance": distance}
@@ -57,21 +59,17 @@ def draw(model, processor, records: list[dict], captions: list[str], size: tuple
     ]
 
 
-def model_pixels(model, grids: list[torch.Tensor]) -> list[torch.Tensor]:
-    from mars_hf.image_processing_mars import decode_codes
-
-    return decode_codes(model.vqgan, grids)
-
-
 def main() -> None:
     options = parser.parse_args()
     torch.set_flush_denormal(True)
-    model = MarsForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32).eval()
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    model = MarsForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32).eval().to(device)
     processor = MarsProcessor.from_pretrained(options.model)
     rows = open_records(options.data, vqgan=model.vqgan)
     order = random.Random(options.seed).sample(range(len(rows)), min(options.records, len(rows)))
     made_by = read_manifest(options.data)
     recipe = {"drawn_for": made_by["recipe"], "seed": options.seed, "max_distance": options.max_distance}
+    recipe["base"] = weights_digest(weight_files(Path(options.model)))  # another base draws others
     manifest, done = open_manifest(options.out, made_by["tokenizer"], recipe, "train", len(order))
     for start in tqdm(range(done["seen"], len(order), SHARD), desc="Drawing", unit="file"):
         shard, chosen = done["shards"], rows.select(order[start : start + SHARD])
@@ -94,7 +92,7 @@ def main() -> None:
 
 def draw_shard(model, processor, rows: list[dict], options: argparse.Namespace, shard: int) -> list[dict]:
     factor = round((len(rows[0]["image_codes"]) / len(rows[0]["lowres_codes"])) ** 0.5)
-    generator = torch.Generator().manual_seed(options.seed * 1009 + shard)
+    generator = torch.Generator(model.device).manual_seed(options.seed * 1009 + shard)
     rng = random.Random(f"{options.seed}/{shard}")
     kept: list[dict] = []
     for size in sorted({small_size(row, factor) for row in rows}):

@@ -47,8 +47,11 @@ def pictures(split: str) -> dict[int, np.ndarray]:
     return {side: np.stack([np.asarray(row["image"]) for row in data]) for side, data in sources.items()}
 
 
-bf16 = torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
-trainer = VqganTrainer(VQModel(**VQ_CONFIG), pictures("train"), args, options.out, eval_images=pictures("validation"))
+device = torch.accelerator.current_accelerator() or torch.device("cpu")
+on_cuda = device.type == "cuda"
+bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else torch.cpu._is_amx_tile_supported()
+vqgan = VQModel(**VQ_CONFIG).to(device)
+trainer = VqganTrainer(vqgan, pictures("train"), args, options.out, eval_images=pictures("validation"))
 vqgan = trainer.train(bf16=bf16)
 for side, images in pictures("test").items():
     print(f"test, {side} px:", evaluate_vqgan(vqgan, images))

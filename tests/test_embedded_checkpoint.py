@@ -1,14 +1,21 @@
 """The checkpoint that travels with the package: that it is whole, small, and draws what it is asked for."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from mars_hf import DEFAULT_CHECKPOINT, MarsForConditionalGeneration, MarsPipeline, MarsProcessor
 
 LARGEST_SIZE = 40 * 2**20
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: weight for file in folder.glob("*.safetensors") for name, weight in load_file(file).items()}
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +25,7 @@ def pipe() -> MarsPipeline:
 
 
 def test_it_is_within_its_size_and_holds_no_code() -> None:
-    files = list(DEFAULT_CHECKPOINT.iterdir())
+    files = [path for path in DEFAULT_CHECKPOINT.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= LARGEST_SIZE
     assert not [path.name for path in files if path.suffix in (".py", ".bin", ".pt", ".pkl")]
     config = json.loads((DEFAULT_CHECKPOINT / "config.json").read_text())
@@ -31,6 +38,19 @@ def test_it_computes_in_float32_from_weights_stored_in_half_the_size(pipe) -> No
     assert json.loads((DEFAULT_CHECKPOINT / "config.json").read_text())["dtype"] == "float32"
     rounded = (parameter for parameter in pipe.model.parameters())
     assert all(torch.equal(parameter, parameter.bfloat16().float()) for parameter in rounded)
+
+
+def test_its_text_is_the_language_models_bit_for_bit(pipe) -> None:
+    config, weights = pipe.model.config.text_config, load_weights(DEFAULT_CHECKPOINT)
+    language_model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    text = {name: weights[name].float() for name in language_model.state_dict() if name in weights}
+    fit = language_model.load_state_dict(text, strict=False)
+    assert not fit.unexpected_keys and set(fit.missing_keys) <= {"lm_head.weight"}  # tied
+    ids = pipe.processor.tokenizer(["How to draw an apple: red, round.", "红苹果，twemoji 风格"], padding=True)
+    ids = {name: torch.tensor(values) for name, values in ids.items()}
+    with torch.no_grad():
+        ours, theirs = pipe.model(**ids).logits, language_model(**ids).logits
+    assert torch.equal(ours[..., : theirs.shape[-1]], theirs)
 
 
 @pytest.mark.parametrize("prompts", [["red heart", "yellow heart", "blue heart"], ["红心", "黄心", "蓝心"]])
