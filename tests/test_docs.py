@@ -25,7 +25,7 @@ BY_NAME = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 KINDS = {"python", "bash", "yaml", "text", "bibtex"}  # text is shown, and no command
 BREAKS = ("&&", "||", "|", ";", "&")
-SYSTEM_COMMANDS = {"apt-get", "git", "cd"}
+SYSTEM_COMMANDS = {"apt-get", "git", "cd", "hf"}
 SOURCES = ("src", "examples", "benchmarks", "docs", "tests")
 
 
@@ -80,7 +80,7 @@ def check_command(words: list[str]) -> None:
         for option in options:
             assert f'"{option}"' in source, f"{script} has no option {option}"
     elif program == "pip":
-        extras = ",".join(re.findall(r"mars_hf\[([\w,]+)\]", " ".join(rest)))
+        extras = ",".join(re.findall(r"(?:mars_hf|\.)\[([\w,]+)\]", " ".join(rest)))
         known = (ROOT / "setup.cfg").read_text()
         assert all(f"\n{extra} =\n" in known for extra in extras.split(",") if extra), f"unknown extra in {words}"
     else:
@@ -143,6 +143,7 @@ def test_commands_in_the_text_exist(page):
         ("accelerate launch -m mars_hf.cli evaluate emoji --sett a=b", "(?i)no such option"),
         ("make everything", "no targets"),
         ("pip install 'mars_hf[everything]'", "unknown extra"),
+        ("pip install -e '.[everything]'", "unknown extra"),
         ("mars_hf generate a", "no command that this test can check"),
     ],
 )

@@ -318,7 +318,7 @@ def evaluate(
         typer.Argument(metavar="CONFIG", help="YAML file, or one in the package: emoji, coco, compbench, geneval."),
     ],
     changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value, e.g. prompts.limit=100.")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value, e.g. prompts.limit=200.")
     ] = None,
     debug: Debug = False,
 ) -> None:
