@@ -32,6 +32,7 @@ from mars_hf.data.emoji_captions import CaptionStyle, emoji_caption
 from mars_hf.evaluation.encoders import ClipEncoder
 from mars_hf.evaluation.metrics import retrieval_hits
 from mars_hf.evaluation.prompts import EmojiPrompts
+from mars_hf.training.run import is_bfloat16_fast
 from mars_hf.training.text import last_checkpoint
 
 SIZE = 64
@@ -130,7 +131,7 @@ trainer = Trainer(
         warmup_steps=min(100, options.max_steps // 4),
         weight_decay=0.1,
         use_cpu=not torch.accelerator.is_available(),  # bf16 on a CPU has to be asked for
-        bf16=torch.cuda.is_available() or torch.cpu._is_amx_tile_supported(),
+        bf16=is_bfloat16_fast(),
         remove_unused_columns=False,
         logging_steps=50,
         save_steps=250,

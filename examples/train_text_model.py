@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from mars_hf.data.text import build_text_corpus
+from mars_hf.training.run import is_bfloat16_fast
 from mars_hf.training.text import (
     evaluate_perplexity,
     pack_documents,
@@ -72,7 +73,7 @@ model = train_text_model(
     options.out / "checkpoints",
     max_steps=options.max_steps,
     batch_size=options.batch_size,
-    bf16=torch.cuda.is_available() or torch.cpu._is_amx_tile_supported(),
+    bf16=is_bfloat16_fast(),
     compile_model=options.compile,
 )
 model.save_pretrained(options.out)

@@ -24,6 +24,7 @@ from mars_hf.data.text import with_style
 from mars_hf.training.collation import AlignedCollator
 from mars_hf.training.mixture import MixtureDataset, Source
 from mars_hf.training.muon import muon_with_adamw
+from mars_hf.training.run import is_bfloat16_fast
 from mars_hf.training.trainer import MarsTrainer
 
 SUBJECTS = ("red apple", "red heart", "sun", "evergreen tree", "star", "mushroom")
@@ -72,7 +73,7 @@ trainer = MarsTrainer(
         max_steps=options.max_steps,
         per_device_train_batch_size=options.batch_size,
         warmup_steps=options.max_steps // 20,
-        bf16=torch.cuda.is_available() or torch.cpu._is_amx_tile_supported(),
+        bf16=is_bfloat16_fast(),
         use_cpu=not torch.accelerator.is_available(),
         logging_steps=25,
         save_strategy="no",

@@ -15,6 +15,7 @@ import torch
 from datasets import load_dataset
 from diffusers import VQModel
 
+from mars_hf.training.run import is_bfloat16_fast
 from mars_hf.training.vqgan import VqganTrainer, VqganTrainingArguments, evaluate_vqgan
 
 VQ_CONFIG = {
@@ -48,10 +49,8 @@ def pictures(split: str) -> dict[int, np.ndarray]:
 
 
 device = torch.accelerator.current_accelerator() or torch.device("cpu")
-on_cuda = device.type == "cuda"
-bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else torch.cpu._is_amx_tile_supported()
 vqgan = VQModel(**VQ_CONFIG).to(device)
 trainer = VqganTrainer(vqgan, pictures("train"), args, options.out, eval_images=pictures("validation"))
-vqgan = trainer.train(bf16=bf16)
+vqgan = trainer.train(bf16=is_bfloat16_fast())
 for side, images in pictures("test").items():
     print(f"test, {side} px:", evaluate_vqgan(vqgan, images))

@@ -85,19 +85,31 @@ def test_sharded_ranks_train_in_bfloat16_with_checkpointing_log_exact_losses_and
 
 @pytest.fixture
 def recipes(folder):
-    """Stage I of mars-emoji in small, with its optimizer and with AdamW."""
+    """
+    The documents of mars-emoji in small, with its optimizer and with AdamW: pictures of several sizes, captions of
+    several lengths, and every second document is text alone.
+    """
     rng = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 40, (16, 16), generator=rng).tolist()
-    pairs = {"image_codes": codes, "height": [16] * 16, "width": [16] * 16, "caption_en": list("abcdefghijklmnop")}
-    Dataset.from_dict(pairs).to_parquet(folder / "pairs.parquet")
+    pairs = []
+    for number in range(16):
+        height, width = [(12, 8), (16, 16), (8, 24)][number % 3]
+        codes = torch.randint(0, 40, (height * width // 16,), generator=rng).tolist()
+        caption = "abcdefghijklmnop"[: number + 1]
+        pairs.append({"image_codes": codes, "height": height, "width": width, "caption_en": caption})
+    pictures = [{"text": None, **{name: pair[name] for name in ("image_codes", "height", "width")}} for pair in pairs]
+    words = [{"text": f"{pair['caption_en']}\n"} | dict.fromkeys(("image_codes", "height", "width")) for pair in pairs]
+    stories = [[words[n], words[-n] if n % 2 else pictures[n], words[n - 3]] for n in range(16)]
+    Dataset.from_list(pairs).to_parquet(folder / "pairs.parquet")
+    Dataset.from_list([{"segments": story} for story in stories]).to_parquet(folder / "stories.parquet")
     source = {"source": str(folder / "pairs.parquet")}
-    training = {"max_steps": 12, "per_device_train_batch_size": 2, "save_steps": 12, "logging_steps": 1, "bf16": False}
+    training = {"max_steps": 30, "per_device_train_batch_size": 2, "save_steps": 30, "logging_steps": 1, "bf16": False}
     values = {
-        "stage": "alignment",
+        "stage": "documents",
         "model": {"base": str(folder / "start")},
         "data": [
-            {**source, "task": "text-to-image", "share": 0.88, "code_noise": 1.0},
-            {**source, "task": "captioning", "share": 0.12},
+            {"source": str(folder / "stories.parquet"), "task": "documents", "share": 0.5},
+            {**source, "task": "text-to-image", "share": 0.35, "code_noise": 1.0},
+            {**source, "task": "captioning", "share": 0.15},
         ],
         "loss": {"scope": "grammar", "label_spread": 0.5, "chunk_size": 16},
         "training": training,
@@ -115,9 +127,9 @@ def assert_a_recipe_trains_the_same(folder, alone, spread):
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (
         [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
-        for state in (folder / name / "checkpoint-12" / "trainer_state.json" for name in (alone, spread))
+        for state in (folder / name / "checkpoint-30" / "trainer_state.json" for name in (alone, spread))
     )
-    assert len(one) == 12 and max(abs(a - b) for a, b in zip(one, two, strict=True)) < 2e-3
+    assert len(one) == 30 and max(abs(a - b) for a, b in zip(one, two, strict=True)) < 2e-3
     places = (folder / "start", folder / alone / "final", folder / spread / "final")
     before, mine, theirs = (load_file(place / "model.safetensors") for place in places)
     for name, weight in mine.items():

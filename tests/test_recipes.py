@@ -83,6 +83,11 @@ def test_the_papers_numbers_stand_in_its_recipes():
         (["training", "seed"], 1, "`training.seed` is set elsewhere"),
         (["training", "use_cpu"], True, "`training.use_cpu` is set elsewhere: .*CUDA_VISIBLE_DEVICES"),
         (["training", "label_smoothing_factor"], 0.1, "is set elsewhere: see `loss.label_spread`"),
+        (["data", 0, "encode"], {"side": 8}, "`data.encode.side` is no key"),
+        (["data", 0, "encode"], {"size": [8, 8], "short_side": 8}, "`size: .height, width.` or `short_side`"),
+        (["data", 0, "encode"], {"size": [8]}, "`data.encode.size` is a height and a width in pixels, got .8."),
+        (["data", 0, "encode"], {"short_side": -1}, "in whole pixels, got"),
+        (["data", 0], {**GOOD["data"][0], "encode": {}, "streaming": True}, "Leave `streaming` or `encode` out"),
         (["data", 0, "min_size"], 0, "`data.min_size` must be 1 or more, got 0"),
         (["data", 0, "max_aspect_ratio"], 0.5, "`data.max_aspect_ratio` must be 1 or more, got 0.5"),
         (["model", "text"], "text", "either `base`.*or both `text` and `vqgan`"),
@@ -348,7 +353,12 @@ def test_a_model_is_built_of_the_language_model_that_the_folder_holds(
     make_vqgan().save_pretrained(tmp_path / "vqgan")
     parts = {"text": str(tmp_path / "text"), "vqgan": str(tmp_path / "vqgan")}
     model, _ = build_model(ModelPart(**parts))
-    assert model.config.text_config.model_type == family
+    assert model.config.text_config.model_type == family and model.generation_config.eos_token_id == [256]
+    text.generation_config.eos_token_id = 9  # the end of a turn, as chats have it
+    text.save_pretrained(tmp_path / "chat")
+    Qwen2Tokenizer(vocab={**plain, "<|endoftext|>": 256}, merges=[]).save_pretrained(tmp_path / "chat")
+    chat, _ = build_model(ModelPart(text=str(tmp_path / "chat"), vqgan=parts["vqgan"]))
+    assert chat.generation_config.eos_token_id == [9, 256]
     words = torch.arange(40, 50)[None]
     with torch.no_grad():
         assert torch.allclose(model(words).logits[..., :264], text(words).logits, atol=1e-5)

@@ -4,9 +4,12 @@ import json
 from collections import Counter
 
 import pytest
+import torch
 from datasets import Dataset
+from PIL import Image
 
 from mars_hf.data import records
+from mars_hf.data.encode import encode_records as encode
 from mars_hf.training import sources
 from mars_hf.training.mixture import MixtureDataset, MixtureStream, Source
 from mars_hf.training.recipe import Recipe
@@ -97,6 +100,42 @@ def test_a_row_as_long_as_a_pack_is_kept(recipe_of, tmp_path):
         assert pack
 
 
+def image_pixels(picture):
+    pixels = torch.tensor(list(picture.getdata()), dtype=torch.float32).view(picture.height, picture.width, 3)
+    return pixels.permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def test_pictures_are_encoded_once_before_the_first_step(recipe_of, tmp_path, monkeypatch):
+    pictures = [Image.new("RGB", (24, 16), (9 * number, 90, 200)) for number in range(12)]
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, picture in enumerate(pictures):
+        picture.save(folder / f"{number}.png")
+    lines = [json.dumps({"file_name": f"{number}.png", "text": f"kite {number}"}) for number in range(12)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    recipe = recipe_of(encode={"short_side": 16})
+    recipe.data[0].source, recipe.data[0].columns = str(folder), {"text": "caption_en"}
+    calls = []
+    monkeypatch.setattr(sources, "encode_records", lambda *args, **options: calls.append(encode(*args, **options)))
+    for _ in range(2):
+        trainer, _ = make_trainer(recipe, tmp_path / "run")
+    found = trainer.train_dataset.sources[0].records
+    assert {(row["height"], row["width"], len(row["image_codes"])) for row in found} == {(16, 24, 24)}
+    assert len(list((tmp_path / "run").glob("codes-*/data/*.parquet"))) == 1 and calls[0].num_seen == 12
+    own = trainer.model.encode_image(image_pixels(pictures[3]))[0].flatten().tolist()
+    assert found["image_codes"][3] == own and found["caption_en"][3] == "kite 3"
+    trainer.train()
+
+
+def test_small_codes_come_along_where_super_resolution_trains(recipe_of, tmp_path):
+    data = Dataset.from_list([{"image": Image.new("RGB", (20, 20), "red"), "caption_en": "red"}] * 4)
+    data.to_parquet(tmp_path / "pictures.parquet")
+    recipe = recipe_of(**STAGE_3, config=FACTOR, encode={"size": [16, 16]})
+    recipe.data[0].source = str(tmp_path / "pictures.parquet")
+    found = make_trainer(recipe, tmp_path / "run")[0].train_dataset.sources[0].records
+    assert {(len(row["image_codes"]), len(row["lowres_codes"])) for row in found} == {(16, 4)}
+
+
 def test_what_was_left_out_is_known_at_the_next_start_and_not_when_data_or_recipe_change(
     recipe_of, tmp_path, monkeypatch
 ):
@@ -125,7 +164,7 @@ def test_tasks_of_the_same_data_check_it_once_and_show_each_record_in_one_of_the
     monkeypatch.setattr(sources, "open_records", lambda *args: opened.append(args) or records.open_records(*args))
     recipe = recipe_of(good=12)
     recipe.data.append(type(recipe.data[0])(recipe.data[0].source, "captioning"))
-    both = build_sources(recipe, tiny_model, tiny_processor.count_tokens)
+    both = build_sources(recipe, tiny_model, tiny_processor)
     assert len(opened) == 1 and both[0].records is both[1].records
     rows = MixtureDataset(tiny_processor, both, batch_size=2, num_batches=12)
     shown = [rows.record_of(index)["caption_en"] for index in range(len(rows))]
@@ -136,8 +175,6 @@ def test_tasks_of_the_same_data_check_it_once_and_show_each_record_in_one_of_the
 
 
 def test_weighted_sources_of_the_same_data_have_passes_of_their_own(tiny_processor):
-    import torch
-
     data, first = [pair(number) for number in range(4)], torch.tensor([1.0, 0.0, 0.0, 0.0])
     captions = {"write_caption": lambda record, rng: record["caption_en"]}
     both = [Source("text-to-image", 0.5, data, weights=first, **captions), Source("captioning", 0.5, data, **captions)]

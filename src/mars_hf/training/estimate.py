@@ -373,7 +373,7 @@ def recipe_batches(
         if recipe.model.base is not None
         else MarsProcessor.from_text_tokenizer(AutoTokenizer.from_pretrained(recipe.model.text), config)
     )
-    sources = build_sources(recipe, model, processor.count_tokens)
+    sources = build_sources(recipe, model, processor)
     size, k = recipe.training["per_device_train_batch_size"], recipe.trained_codes_per_step
     rows = iter(MixtureStream(processor, sources, size, SAMPLED_BATCHES, codes_per_step=k, seed=recipe.seed))
     batches = [list(islice(rows, size)) for _ in range(SAMPLED_BATCHES)]

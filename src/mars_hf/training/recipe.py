@@ -174,6 +174,10 @@ class DataPart:
         max_caption_length (`int`, *optional*): Longest caption of `form: records`, in characters.
         long_captions (`str`, defaults to `"truncate"`): See [`RecordRules`].
         streaming (`bool`, defaults to `False`): Read the records on the way, without a copy; excludes `balance`.
+        encode (`dict[str, Any]`, *optional*):
+            The source holds pictures: turn them into codes before the first step, once, in the run's folder. `size:
+            [height, width]` scales a picture until it covers that and cuts the middle out, `short_side` keeps its
+            aspect ratio, in pixels; with neither, the model's own size.
 
     Raises:
         ValueError: If a share or a length is impossible, or something contradicts something else.
@@ -194,8 +198,10 @@ class DataPart:
     max_caption_length: int | None = None
     long_captions: str = "truncate"
     streaming: bool = False
+    encode: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        self._check_encoding()
         if self.streaming and self.balance:
             raise ValueError(
                 f"`data`: {self.source} is read as a stream, whose records cannot be balanced. Leave `streaming` or "
@@ -222,6 +228,23 @@ class DataPart:
             raise ValueError(
                 f"`data.max_caption_length` of {self.source} has nothing to limit: documents have no captions, and "
                 "`form: emoji` writes its own. Leave it out."
+            )
+
+    def _check_encoding(self) -> None:
+        if self.encode is None:
+            return
+        _refuse_unknown_keys("data.encode", self.encode, ["size", "short_side"])
+        sides = [side for value in self.encode.values() for side in (value if isinstance(value, list) else [value])]
+        if len(self.encode) > 1 or not all(isinstance(side, int) and side > 0 for side in sides):
+            raise ValueError(
+                f"`data.encode` takes `size: [height, width]` or `short_side`, in whole pixels, got {self.encode}."
+            )
+        if "size" in self.encode and len(sides) != 2:
+            raise ValueError(f"`data.encode.size` is a height and a width in pixels, got {self.encode['size']}.")
+        if self.streaming:
+            raise ValueError(
+                f"`data`: the codes of {self.source} are written to disk before the first step. Leave `streaming` or "
+                "`encode` out, or encode the stream with `mars-hf data encode --streaming`."
             )
 
     @property

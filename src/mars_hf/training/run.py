@@ -20,6 +20,7 @@ from ..configuration_mars import MarsConfig
 from ..data.records import source_fingerprint, tokenizer_fingerprint
 from ..modeling_mars import MarsForConditionalGeneration
 from ..processing_mars import MarsProcessor
+from ..prompts_mars import END_OF_TEXT
 from .collation import AlignedCollator, PackedCollator
 from .mixture import MixtureDataset, MixtureStream, PackedStream, Source
 from .muon import muon_with_adamw
@@ -52,8 +53,10 @@ def build_model(part: ModelPart) -> tuple[MarsForConditionalGeneration, MarsProc
         if part.frozen_dtype is not None:
             for weight in chain(text.parameters(), vqgan.parameters()):
                 weight.data = weight.data.to(getattr(torch, part.frozen_dtype)).to(torch.float32)
-        model = MarsForConditionalGeneration.from_text_and_vq(text, vqgan, **part.config)
-        processor = MarsProcessor.from_text_tokenizer(AutoTokenizer.from_pretrained(part.text), model.config)
+        tokenizer = AutoTokenizer.from_pretrained(part.text)
+        end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+        model = MarsForConditionalGeneration.from_text_and_vq(text, vqgan, end_of_text_id=end, **part.config)
+        processor = MarsProcessor.from_text_tokenizer(tokenizer, model.config)
     if part.image_defaults:
         model.generation_config.image_defaults = part.image_defaults
     return model, processor
@@ -90,14 +93,19 @@ def _attention() -> str:
     return "sdpa" if torch.accelerator.is_available() else "eager"
 
 
+def is_bfloat16_fast() -> bool:
+    """Whether this machine computes in bfloat16 itself: newer GPUs, and CPUs with AMX."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported()
+
+
 def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
     """Give Trainer's arguments; bfloat16 where the machine computes it fast, unless the recipe says so itself."""
-    on_cuda = torch.cuda.is_available()
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else torch.cpu._is_amx_tile_supported()
     batch_size = recipe.training["per_device_train_batch_size"]  # each is of one task
     settings = {
         "per_device_eval_batch_size": batch_size,
-        "bf16": fast,
+        "bf16": is_bfloat16_fast(),
         "save_total_limit": 2,
         "report_to": [],
         "enable_jit_checkpoint": True,
@@ -125,7 +133,7 @@ def make_trainer(recipe: Recipe, out: Path, compile_pictures: bool = False) -> t
     model, processor = build_model(recipe.model)
     recipe.check_model(model.config)
     args = training_arguments(recipe, out)
-    sources = build_sources(recipe, model, processor.count_tokens, args=args)
+    sources = build_sources(recipe, model, processor, args=args)
     data = _training_rows(recipe, model, processor, sources, args)
     eval_data = _evaluation_rows(recipe, model, processor, args)
     pad = processor.tokenizer.pad_token_id
@@ -191,7 +199,7 @@ def _evaluation_rows(
     looks = recipe.evaluation
     if looks.split is None:
         return None
-    sources = build_sources(recipe, model, processor.count_tokens, looks.split, args)
+    sources = build_sources(recipe, model, processor, looks.split, args)
     options = {"codes_per_step": recipe.trained_codes_per_step, "seed": recipe.seed}
     rows = MixtureStream(processor, sources, args.per_device_eval_batch_size, looks.num_batches, **options)
     return rows if recipe.packing is None else PackedStream(rows, model.config, recipe.packing)

@@ -27,6 +27,7 @@ from transformers.utils import logging
 from ..code_order_mars import check_code_order
 from ..configuration_mars import MarsConfig
 from ..data.emoji_captions import CaptionStyle, emoji_caption, subject_weights
+from ..data.encode import encode_records
 from ..data.records import (
     BadRecordError,
     BadRecords,
@@ -35,10 +36,12 @@ from ..data.records import (
     captions_of,
     find_bad_records,
     open_records,
+    source_fingerprint,
     validate_records,
     without,
 )
 from ..modeling_mars import MarsForConditionalGeneration
+from ..processing_mars import MarsProcessor
 from .mixture import Source
 from .recipe import DataPart, Recipe
 
@@ -46,7 +49,7 @@ logger = logging.get_logger(__name__)
 
 PICTURE = ("image_codes", "height", "width")
 EMOJI_TEXTS = ("caption_en", "caption_zh", "style")
-ENCODE = "turn pictures into codes with `mars-hf data encode`"
+ENCODE = "turn pictures into codes with `encode` in the recipe, or with `mars-hf data encode`"
 
 
 @dataclass
@@ -188,7 +191,7 @@ class RowRules:
 def build_sources(
     recipe: Recipe,
     model: MarsForConditionalGeneration,
-    num_tokens: Callable[[str], int],
+    processor: MarsProcessor,
     eval_split: str | None = None,
     args: TrainingArguments | None = None,
 ) -> list[CheckedSource]:
@@ -198,7 +201,7 @@ def build_sources(
     Args:
         recipe ([`Recipe`]): Whose `data`.
         model ([`MarsForConditionalGeneration`]): Whose codes they have to hold.
-        num_tokens (`Callable`): Counts the tokens of a text.
+        processor ([`MarsProcessor`]): Counts tokens, and makes the pixels of pictures that are to be encoded.
         eval_split (`str`, *optional*): Another split, as it is: without noise, every record as often as the others.
         args (`TrainingArguments`, *optional*):
             Of the run: the first of its processes checks, and what it found is kept in the run's folder.
@@ -207,7 +210,7 @@ def build_sources(
         ValueError: See [`build_source`].
     """
     known: dict[Any, tuple[Any, BadRecords]] = {}
-    options: dict[str, Any] = {"num_tokens": num_tokens, "args": args, "known": known}
+    options: dict[str, Any] = {"processor": processor, "args": args, "known": known}
     limits = (recipe.trained_codes_per_step, recipe.packing)
     return [
         build_source(part, model, eval_split, RowRules.of(part, model.config, *limits), **options)
@@ -220,7 +223,7 @@ def build_source(
     model: MarsForConditionalGeneration,
     eval_split: str | None = None,
     rules: RowRules | None = None,
-    num_tokens: Callable[[str], int] = len,
+    processor: MarsProcessor | None = None,
     args: TrainingArguments | None = None,
     known: dict[Any, tuple[Any, BadRecords]] | None = None,
 ) -> CheckedSource:
@@ -232,20 +235,24 @@ def build_source(
         model ([`MarsForConditionalGeneration`]): Whose codes they have to hold.
         eval_split (`str`, *optional*): See [`build_sources`].
         rules ([`RowRules`], *optional*): By default those of the model, one code a step and no packs.
-        num_tokens (`Callable`, *optional*): Counts the tokens of a text; by default its characters.
+        processor ([`MarsProcessor`], *optional*): See [`build_sources`]. Without it, characters count as tokens.
         args (`TrainingArguments`, *optional*): See [`build_sources`].
         known (`dict`, *optional*): Records that were checked already, and where these are noted.
 
     Raises:
-        ValueError: If a column is missing, or more than 1 % of the records are bad; of a stream, when they are read.
+        ValueError: If a column is missing, pictures are to be encoded outside a run, or more than 1 % of the records
+            are bad; of a stream, when they are read.
     """
     rules = RowRules.of(part, model.config, (1,), None) if rules is None else rules
     split, known = eval_split or part.split, {} if known is None else known
-    key = (part.source, split, part.streaming, tuple(sorted(part.columns.items())), rules)
+    key = (part.source, split, part.streaming, repr((part.columns, part.encode)), rules)
     if key not in known:
-        records = open_records(part.source, split, part.streaming, part.columns, model.vqgan)
+        if part.encode is None:
+            records = open_records(part.source, split, part.streaming, part.columns, model.vqgan)
+        else:
+            records = _encoded_records(part, split, model, processor, rules, args)
         _refuse_missing_columns(part, records.features)
-        known[key] = _good_records(records, rules, num_tokens, args)
+        known[key] = _good_records(records, rules, len if processor is None else processor.count_tokens, args)
     records, bad = known[key]
     _refuse_missing_columns(part, records.features)
     options: dict[str, Any] = {"drop_caption": 0.0}
@@ -257,6 +264,38 @@ def build_source(
     if not source.is_stream:
         tell_bad_records(source)
     return source
+
+
+def _encoded_records(
+    part: DataPart,
+    split: str,
+    model: MarsForConditionalGeneration,
+    processor: MarsProcessor | None,
+    rules: RowRules,
+    args: TrainingArguments | None,
+) -> Dataset:
+    """Turn pictures into codes in the run's folder, in its first process; what is there already stays."""
+    if args is None or processor is None or model.vqgan is None:
+        raise ValueError(
+            f"The pictures of {part.source} are encoded by a run of a model with a VQ-GAN. For a dry run, encode them "
+            "with `mars-hf data encode` first, or give `assume`."
+        )
+    asked = [part.source, sorted(part.columns.items()), part.encode, rules.super_resolution_factor]
+    folder = Path(args.output_dir) / f"codes-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}"
+    size = None
+    if "size" in (encode := part.encode or {}):
+        size = dict(zip(("height", "width"), encode["size"], strict=True))
+    elif "short_side" in encode:
+        size = {"shortest_edge": encode["short_side"]}
+    with args.main_process_first(local=False, desc="encoding pictures"):
+        if args.should_save:
+            pictures = open_records(part.source, split, columns=part.columns)
+            options: dict[str, Any] = {"rules": rules.of_records, "lowres_factor": rules.super_resolution_factor}
+            options["source"] = source_fingerprint(part.source, split)
+            vqgan = model.vqgan.to(args.device)
+            encode_records(pictures, folder, vqgan, processor.image_processor, size, split, **options)
+            vqgan.to("cpu")
+    return open_records(folder, split, vqgan=model.vqgan)
 
 
 def _good_records(

@@ -81,7 +81,7 @@ class MarsTrainer(Trainer):
         trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         _refuse_what_an_adapter_does_not_save(self.model, trained)
         spread = neighbouring_codes(mars.vqgan.quantize.embedding.weight, label_spread) if label_spread else None
-        self.head_loss = HeadLoss(loss_scope, spread, chunk_size, agree=self._most if self._is_zero3() else None)
+        self.head_loss = HeadLoss(loss_scope, spread, chunk_size, agree=self._most if self._is_sharded() else None)
         self.picture_loss = HeadLoss(loss_scope, spread, chunk_size, all_codes=True)
         self.model_accepts_loss_kwargs = True  # the labels of a step are counted over all its batches
         self.prompts_without_gradient = (
@@ -105,11 +105,12 @@ class MarsTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-    def _is_zero3(self) -> bool:
-        return self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+    def _is_sharded(self) -> bool:
+        zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        return zero3 or self.is_fsdp_enabled
 
     def _most(self, count: int) -> int:
-        """Give the largest of the ranks' counts: ZeRO-3 waits in each call of a module until all ranks make it."""
+        """Give the largest of the ranks' counts: a sharded head waits in each call until all ranks make it."""
         largest = torch.tensor(count, device=self.args.device)
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
         return int(largest)
