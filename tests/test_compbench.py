@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -221,6 +222,25 @@ def test_prompts_are_parsed_as_the_benchmark_does(tmp_path: Path, monkeypatch) -
     assert second.parts.plain == "the cup next to the rug"
     with pytest.raises(ValueError, match="shape_val.txt does not exist"):
         CompBenchPrompts(str(tmp_path)).load()
+
+
+class Phrases:
+    """A parsed prompt of given noun phrases."""
+
+    text = "the book on the left of the vase"
+
+    def __init__(self, *phrases: str) -> None:
+        self.noun_chunks = [SimpleNamespace(text=phrase) for phrase in phrases]
+
+    def __iter__(self):
+        return iter(())
+
+
+def test_phrases_that_name_a_place_are_not_asked_about_and_no_more_than_eight_are() -> None:
+    of_things = parse_prompt(Phrases("the book", "the left", "the vase"), "complex").noun_phrases
+    assert of_things == ("the book", "the vase")
+    many = [f"thing {number}" for number in range(10)]
+    assert parse_prompt(Phrases(*many), "color").noun_phrases == tuple(many[:8])
 
 
 def test_a_complex_prompt_with_two_places_has_no_pair_of_objects() -> None:

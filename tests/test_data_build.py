@@ -15,6 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -749,3 +750,20 @@ def test_the_command_builds_on_a_ray_of_its_own(tmp_path: Path, raw: Path) -> No
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "5 of 5 kept" in done.stdout, done.stderr
     assert len(records_of(tmp_path / "out")) == 5
+
+
+@pytest.mark.parametrize("error", [TimeoutError("slow"), MemoryError(), OSError(5, "Input/output error")])
+def test_a_failure_of_the_machine_is_not_taken_for_a_damaged_file(monkeypatch, error) -> None:
+    from mars_hf.data.build import readers
+
+    def fail(*arguments):
+        raise error
+        yield
+
+    monkeypatch.setitem(readers.READERS, "parquet", fail)
+    source = SimpleNamespace(kind="parquet")
+    with pytest.raises(type(error)):
+        list(readers.read_items(SimpleNamespace(path="a.parquet"), source, 1000))
+    monkeypatch.setitem(readers.READERS, "parquet", lambda *_: (_ for _ in ()).throw(OSError("not a parquet file")))
+    (item,) = readers.read_items(SimpleNamespace(path="a.parquet"), source, 1000)
+    assert item.reason == "unreadable_shard"

@@ -19,7 +19,7 @@ from mars_hf import MarsForConditionalGeneration
 from mars_hf.data import encode
 from mars_hf.data.build import models
 from mars_hf.data.build.engine import connected, run
-from mars_hf.data.build.models import load_head
+from mars_hf.data.build.models import CodeEncoder, load_head
 from mars_hf.data.build.pipeline import build_dataset
 from mars_hf.data.build.recipe import Engine, load_recipe
 from mars_hf.data.encode import load_image_tokenizer
@@ -210,6 +210,27 @@ def test_the_prompt_is_the_one_that_the_processor_writes(tmp_path: Path, raw: Pa
     for record in records_of(tmp_path / "out"):
         ids = prompt_ids(tiny_processor.tokenizer, record["caption_en"], record["height"], record["width"])
         assert text_ids(tiny_processor.tokenizer, record["prompt_en"]) == ids
+
+
+def test_codes_are_made_of_pixels_in_the_models_own_range(tmp_path, raw: Path, tiny_model, tiny_processor) -> None:
+    tiny_processor.image_processor.image_mean, tiny_processor.image_processor.image_std = [0.0] * 3, [1.0] * 3
+    tiny_model.save_pretrained(tmp_path / "mars")
+    tiny_processor.save_pretrained(tmp_path / "mars")
+    codes = {"model": str(tmp_path / "mars"), **BATCH}
+    recipe = recipe_of(
+        tmp_path / "out", folder_source(raw), codes=codes, resize={"multiple_of": 4, "shortest_edge": 16}
+    )
+    picture = Image.effect_noise((16, 16), 90).convert("RGB")
+    (found,) = CodeEncoder(recipe)([picture])
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
+    assert found["image_codes"] == tiny_model.encode_image(pixels)[0].flatten().tolist()
+
+
+def test_without_gpus_for_workers_models_stay_off_them(tmp_path: Path, raw: Path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for asked, expected in ((None, "cuda"), (1, "cuda"), (0, "cpu")):
+        engine = {} if asked is None else {"engine": {"gpus_per_worker": asked}}
+        assert models._device(recipe_of(tmp_path / "out", folder_source(raw), **engine)).type == expected
 
 
 def test_only_the_vqgan_of_a_mars_is_loaded(mars_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,7 +147,7 @@ def test_a_run_that_was_killed_continues_and_gives_the_same_files(
             open_records(tmp_path / "parts")
     assert run(records, tmp_path / "parts", vqgan, image_processor) == rows
     whole, parts = (
-        {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.*")} for name in ("whole", "parts")
+        {path.name: path.read_bytes() for path in (tmp_path / name).rglob("[!.]*.*")} for name in ("whole", "parts")
     )
     assert whole == parts and len(whole) == 5  # four files of codes and `codes.json`
 
@@ -309,3 +309,22 @@ def test_the_command_encodes_with_the_image_tokenizer_of_a_model(
     ):
         result = CliRunner().invoke(app, [*command, "--streaming", *wrong])
         assert result.exit_code == 2 and message in result.output
+
+
+def test_other_data_of_as_many_records_and_a_second_run_at_the_same_time_are_refused(
+    tmp_path: Path, vqgan, image_processor
+) -> None:
+    options = {"progress": False, "limit": 0.2}
+    encode_records(open_records(make_records()), tmp_path / "codes", vqgan, image_processor, source="a", **options)
+    with pytest.raises(ValueError, match="holds codes of other train data, or their files have changed"):
+        encode_records(open_records(make_records()), tmp_path / "codes", vqgan, image_processor, source="b", **options)
+    with encode._alone_in(tmp_path / "other"), pytest.raises(ValueError, match="Another encoding is at work in"):
+        encode_records(open_records(make_records()), tmp_path / "other", vqgan, image_processor, **options)
+    encode_records(open_records(make_records()), tmp_path / "other", vqgan, image_processor, **options)
+
+
+def test_a_tokenizer_that_looks_codes_up_is_given_pixels_from_0_to_1(tmp_path: Path, vqgan) -> None:
+    for looks_up, mean in ((False, 0.5), (True, 0.0)):
+        vqgan.register_to_config(lookup_from_codebook=looks_up)
+        vqgan.save_pretrained(tmp_path / str(looks_up))
+        assert load_image_tokenizer(tmp_path / str(looks_up))[1].image_mean[0] == mean

@@ -81,7 +81,7 @@ def data_encode(
         import torch
 
         from mars_hf.data.encode import encode_records, load_image_tokenizer
-        from mars_hf.data.records import RecordRules, open_records
+        from mars_hf.data.records import RecordRules, open_records, source_fingerprint
 
         rules = RecordRules(min_size=min_size, max_aspect_ratio=max_aspect_ratio)
         columns = dict(name.split("=") for name in column or [])
@@ -91,6 +91,7 @@ def data_encode(
             {"height": size[0], "width": size[1]} if size else {"shortest_edge": short_side} if short_side else None
         )
         numbers = {"batch_size": batch_size, "shard_size": shard_size, "limit": limit, "lowres_factor": lowres_factor}
+        numbers["source"] = source_fingerprint(source, split)
         tokenizer = load_image_tokenizer(model, device)
         typer.echo(f"{out}: {encode_records(records, out, *tokenizer, wanted, split, rules=rules, **numbers)}")
 

@@ -13,6 +13,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import groupby, islice
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
+from filelock import FileLock, Timeout
 from PIL import Image
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.vq_model import VQModel
 
 CODE_COLUMNS = {"image_codes": List(Value("int32")), "height": Value("int32"), "width": Value("int32")}
+LOCK = ".lock"  # of a folder that is written to
 PIXEL_SETTINGS = ("resample", "rescale_factor", "image_mean", "image_std", "max_pixels")
 WINDOW = 8  # batches of pictures held in memory, among which those of one size find each other
 
@@ -75,7 +78,10 @@ def load_image_tokenizer(
         vqgan = VQModel.from_pretrained(folder).eval()
         config = MarsConfig(vq_config={k: v for k, v in vqgan.config.items() if k[0] != "_"})
         side = {"height": config.default_image_size, "width": config.default_image_size}
-        return vqgan.to(device), MarsImageProcessor(size=side, downsample_factor=config.downsample_factor)
+        # Those that look codes up (aMUSEd's) take pixels in [0, 1].
+        range_ = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3} if vqgan.config.lookup_from_codebook else {}
+        factor = config.downsample_factor
+        return vqgan.to(device), MarsImageProcessor(size=side, downsample_factor=factor, **range_)
     config = MarsConfig.from_pretrained(folder)
     if config.vq_config is None:
         raise ValueError(f"{model} has no VQ-GAN: its configuration has no `vq_config`. Choose a model with one.")
@@ -98,6 +104,7 @@ def encode_records(
     limit: float = 0.01,
     progress: bool = True,
     lowres_factor: int | None = None,
+    source: str | None = None,
 ) -> BadRecords:
     """
     Replace the pictures of records by their codes; run again after an interruption, it continues.
@@ -123,6 +130,8 @@ def encode_records(
         progress (`bool`, defaults to `True`): Show a progress bar.
         lowres_factor (`int`, *optional*):
             How many times smaller, on each side, the pictures of `lowres_codes` are (Stage III); None makes none.
+        source (`str`, *optional*):
+            What tells these data from others, such as [`source_fingerprint`] gives; with others a run does not go on.
 
     Returns:
         [`BadRecords`]: What was left out.
@@ -152,29 +161,32 @@ def encode_records(
     if lowres_factor is not None:
         recipe["lowres_factor"] = lowres_factor
     num_records = None if isinstance(dataset, IterableDataset) else len(dataset)
-    manifest, done = open_manifest(out, describe_tokenizer(vqgan), recipe, split, num_records)
-    bad_records = BadRecords("skip", limit, num_records, done["seen"], reasons=Counter(done["left_out"]))
-    if done["complete"]:
+    with _alone_in(out):
+        manifest, done = open_manifest(out, describe_tokenizer(vqgan), recipe, split, num_records, source)
+        bad_records = BadRecords("skip", limit, num_records, done["seen"], reasons=Counter(done["left_out"]))
+        if done["complete"]:
+            return bad_records
+        options = {"batch_size": batch_size, "rules": rules, "lowres_factor": lowres_factor}
+        encode = partial(_encode, vqgan=vqgan, to_pixels=to_pixels, **options)
+        records = enumerate(undecoded(dataset.skip(done["seen"])), start=done["seen"])
+        with tqdm(
+            total=num_records, initial=done["seen"], desc="Encoding", unit="record", disable=not progress
+        ) as bar:
+            for shard in _chunks(records, shard_size):
+                rows = []
+                for window in _chunks(shard, WINDOW * batch_size):
+                    rows += encode(window, bad_records)
+                    bar.update(len(window))
+                _write_shard(out / "data" / f"{split}-{done['shards']:05d}.parquet", rows, features)
+                done["shards"], done["records"] = done["shards"] + 1, done["records"] + len(rows)
+                done["seen"], done["left_out"] = bad_records.num_seen, dict(bad_records.reasons)
+                write_manifest(out, manifest)
+        bad_records.finish()
+        if not done["records"]:
+            raise ValueError(f"There is nothing to encode: {bad_records} Relax the rules, or choose other data.")
+        done["complete"] = True
+        write_manifest(out, manifest)
         return bad_records
-    options = {"batch_size": batch_size, "rules": rules, "lowres_factor": lowres_factor}
-    encode = partial(_encode, vqgan=vqgan, to_pixels=to_pixels, **options)
-    records = enumerate(undecoded(dataset.skip(done["seen"])), start=done["seen"])
-    with tqdm(total=num_records, initial=done["seen"], desc="Encoding", unit="record", disable=not progress) as bar:
-        for shard in _chunks(records, shard_size):
-            rows = []
-            for window in _chunks(shard, WINDOW * batch_size):
-                rows += encode(window, bad_records)
-                bar.update(len(window))
-            _write_shard(out / "data" / f"{split}-{done['shards']:05d}.parquet", rows, features)
-            done["shards"], done["records"] = done["shards"] + 1, done["records"] + len(rows)
-            done["seen"], done["left_out"] = bad_records.num_seen, dict(bad_records.reasons)
-            write_manifest(out, manifest)
-    bad_records.finish()
-    if not done["records"]:
-        raise ValueError(f"There is nothing to encode: {bad_records} Relax the rules, or choose other data.")
-    done["complete"] = True
-    write_manifest(out, manifest)
-    return bad_records
 
 
 def _coded_features(features: Features) -> Features:
@@ -292,7 +304,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def open_manifest(
-    out: Path, tokenizer: dict[str, Any], recipe: dict[str, Any], split: str, num_records: int | None
+    out: Path,
+    tokenizer: dict[str, Any],
+    recipe: dict[str, Any],
+    split: str,
+    num_records: int | None,
+    source: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     Begin the `codes.json` of a folder, or go on with it.
@@ -303,6 +320,7 @@ def open_manifest(
         recipe (`dict`): How they were made.
         split (`str`): Which split is written.
         num_records (`int`, *optional*): Records that it is made of; None if that is not known.
+        source (`str`, *optional*): What tells these records from others.
 
     Returns:
         `tuple[dict, dict]`: The whole content, and the part of the split, to be changed and written with
@@ -324,7 +342,7 @@ def open_manifest(
                     "remove this one."
                 )
         manifest = held
-    elif out.is_dir() and {path.name for path in out.iterdir()} - {"data", "codes.part"}:  # a start that was cut off
+    elif out.is_dir() and {path.name for path in out.iterdir()} - {"data", "codes.part", LOCK}:  # a start cut off
         raise ValueError(f"{out} is not empty and holds no codes. Choose another folder.")
     nothing: dict[str, Any] = {
         "num_records": num_records,
@@ -334,7 +352,14 @@ def open_manifest(
         "records": 0,
         "left_out": {},
     }
+    nothing |= {} if source is None else {"source": source}
     done = manifest["splits"].setdefault(split, nothing)
+    known = done.get("source")
+    if source is not None and known is not None and known != source:
+        raise ValueError(
+            f"{out} holds codes of other {split} data, or their files have changed since. Choose another folder, or "
+            "remove this one."
+        )
     if done["num_records"] != num_records:
         raise ValueError(
             f"{out} holds codes of {done['num_records']} {split} records, the data now have {num_records}: they are "
@@ -343,6 +368,20 @@ def open_manifest(
     (out / "data").mkdir(parents=True, exist_ok=True)
     write_manifest(out, manifest)
     return manifest, done
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other encodings out of a folder, of other splits too: each writes the whole `codes.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            yield
+    except Timeout:
+        raise ValueError(
+            f"Another encoding is at work in {folder}. Wait for it, or choose another folder; splits of one folder "
+            "are encoded one after the other."
+        ) from None
 
 
 def write_manifest(out: Path, manifest: dict[str, Any]) -> None:

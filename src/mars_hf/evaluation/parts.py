@@ -24,6 +24,10 @@ PLACES = (
 COMPLEX_PLACES = (("on", "top", "of"), ("on", "bottom", "of"), ("on", "the", "left"), ("on", "the", "right"))
 COMPLEX_PLACES += (("next", "to"), ("on", "side", "of"), ("near",))
 
+# Noun phrases that name no thing, and the most that are asked about: as in the benchmark's scripts.
+NO_THINGS = ("top", "the side", "the left", "the right")
+MAX_PHRASES = 8
+
 
 @dataclass(frozen=True)
 class PromptParts:
@@ -81,7 +85,8 @@ def parse_prompt(doc: Any, category: str, aspect: str = "both") -> PromptParts:
         [`PromptParts`]: All that can be asked; `place` is the first of `PLACES` in the prompt.
     """
     text = doc.text
-    noun_phrases = tuple(chunk.text for chunk in doc.noun_chunks)
+    chunks = [chunk.text for chunk in doc.noun_chunks]
+    noun_phrases = tuple([text for text in chunks if text not in NO_THINGS] or chunks)[:MAX_PHRASES]
     place = next((place for place in PLACES if place in text), None)
     nouns = [token.text for token in doc if token.pos_ == "NOUN"]
     if category != "complex":

@@ -112,7 +112,8 @@ def _first_pictures(folder: Path) -> dict[tuple[str, str], Path]:
     rows = [
         (manifest.parent, json.loads(line))
         for manifest in sorted(Path(folder).glob("*/metadata.jsonl"))
-        for line in manifest.read_text(encoding="utf-8").splitlines()
+        for line in manifest.read_text(encoding="utf-8").split("\n")  # and at no other line end of Unicode
+        if line
     ]
     if not rows:
         raise ValueError(f"{folder} holds no pictures of an evaluation.")

@@ -24,13 +24,15 @@ from ... import register
 from ...conversion.checkpoints import Checkpoint
 from ...evaluation.provenance import fingerprint
 from ...image_processing_mars import MarsImageProcessorPil, encode_pixels
-from ..encode import describe_tokenizer, load_image_tokenizer
+from ..encode import PIXEL_SETTINGS, describe_tokenizer, load_image_tokenizer
 from .pictures import clean_text
 from .recipe import LANGUAGES, Recipe
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _device(recipe: Recipe) -> torch.device:
+    """Ray leaves GPUs visible to a task that asked for none."""
+    wanted = recipe.engine.gpus_per_worker != 0 and torch.cuda.is_available()
+    return torch.device("cuda" if wanted else "cpu")
 
 
 @contextmanager
@@ -77,7 +79,7 @@ class Scorer:
     """
 
     def __init__(self, recipe: Recipe):
-        self.recipe, self.device = recipe, _device()
+        self.recipe, self.device = recipe, _device(recipe)
         self.names = clip_models(recipe)
         self.models = [
             AutoModel.from_pretrained(name, dtype=torch.float32).eval().to(self.device) for name in self.names
@@ -158,7 +160,7 @@ class Captioner:
 
     def __init__(self, recipe: Recipe):
         register()  # a MARS captions, too
-        self.settings, self.device = recipe.recaption, _device()
+        self.settings, self.device = recipe.recaption, _device(recipe)
         name = self.settings.model
         self.processor = AutoProcessor.from_pretrained(name)
         self.is_asked_in_chat = getattr(self.processor, "chat_template", None) is not None
@@ -201,8 +203,9 @@ class CodeEncoder:
 
     def __init__(self, recipe: Recipe):
         self.settings = recipe.codes
-        self.vqgan, stored = load_image_tokenizer(self.settings.model, _device())
-        self.image_processor = MarsImageProcessorPil(do_resize=False, downsample_factor=stored.downsample_factor)
+        self.vqgan, stored = load_image_tokenizer(self.settings.model, _device(recipe))
+        own = {name: getattr(stored, name) for name in ("downsample_factor", *PIXEL_SETTINGS)}
+        self.image_processor = MarsImageProcessorPil(do_resize=False, **own)
 
     def __call__(self, pictures: list[Image.Image]) -> list[dict[str, Any]]:
         """Give for each picture `image_codes` in raster order, `codes_height` and `codes_width`."""

@@ -293,9 +293,7 @@ class Build:
         if scores_of(self.recipe):
             self._score(kept)
             kept, scores = self._select(kept)
-        if self.recipe.codes:
-            self._write_codes_file(models["codes"], complete=False)
-        output = self._write(kept, scores)
+        output = self._write(kept, scores, models)
         for manifest in output.complete():
             self.report.count_written(manifest["records"], manifest["without_caption"])
         outputs = [output.path(i) for i in range(len(output.names))]
@@ -456,7 +454,9 @@ class Build:
                 count, size = count + 1, size + record.num_bytes
         return [json.dumps(parts) for parts in plans]
 
-    def _write(self, kept: dict[int, list[Kept]], scores: dict[int, dict[str, np.ndarray]]) -> Output:
+    def _write(
+        self, kept: dict[int, list[Kept]], scores: dict[int, dict[str, np.ndarray]], models: dict[str, Any]
+    ) -> Output:
         """Write the output files that are not there yet."""
         plans = self._plan(kept, scores)
         names = [f"train-{i:05d}-of-{len(plans):05d}{suffix_of(self.recipe)}" for i in range(len(plans))]
@@ -468,6 +468,8 @@ class Build:
             for i, (plan, digest) in enumerate(zip(plans, digests, strict=True))
             if digest not in done
         ]
+        if rows and self.recipe.codes:  # what is complete already stays so
+            self._write_codes_file(models["codes"], complete=False)
         places = {"recipe": self.recipe, "output": output}
         schema = features_of(self.recipe).arrow_schema  # made here: workers need not import `datasets`
         steps: list[Step] = [functools.partial(collect_records, **places)]

@@ -188,8 +188,17 @@ def read_items(shard: Shard, source: Source, max_file_bytes: int) -> Iterator[It
             item.key, item.detail = _printable(item.key), _printable(item.detail)
             yield item
     except Exception as error:  # whatever a broken file makes its library raise
+        if _is_of_the_machine(error):
+            raise  # not of the file: it may be read next time
         name = _printable(PurePosixPath(shard.path).name)
         yield Item(name, reason="unreadable_shard", detail=_printable(f"{type(error).__name__}: {error}"))
+
+
+def _is_of_the_machine(error: BaseException) -> bool:
+    """Whether a failure is of memory, disk, network or installation, and says nothing about what was to be read."""
+    return isinstance(error, (MemoryError, ImportError, ConnectionError, TimeoutError)) or (
+        isinstance(error, OSError) and error.errno is not None
+    )
 
 
 def _read_tar(shard: Shard, source: Source, max_file_bytes: int) -> Iterator[Item]:
@@ -325,7 +334,7 @@ def _read_folder(shard: Shard, source: Source, max_file_bytes: int) -> Iterator[
                 if file != path and file.is_file() and not file.is_symlink()
             }
             data = _read_up_to(path, max_file_bytes)
-        except OSError as error:
+        except PermissionError as error:  # of this file; other failures are the machine's
             yield Item(name, reason="unreadable_file", detail=str(error)[:200])
             continue
         yield _fill(Item(name), data, suffix.lower()[1:], texts, source)
