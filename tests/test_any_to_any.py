@@ -1,5 +1,8 @@
 """The any-to-any pipeline: as transformers' own where that one goes, and documents beyond it."""
 
+import base64
+from io import BytesIO
+
 import pytest
 import torch
 from PIL import Image, ImageChops
@@ -55,6 +58,16 @@ def test_tokens_are_the_stock_pipelines(pipe, stock) -> None:
     (ours,), (theirs,) = (one("ab", RED, return_tensors=True, **GREEDY) for one in (pipe, stock))
     assert torch.equal(ours["generated_token_ids"], theirs["generated_token_ids"])
     assert ours.keys() == theirs.keys()
+
+
+def test_pictures_of_a_chat_in_openais_form_are_read(pipe) -> None:
+    buffer = BytesIO()
+    RED.save(buffer, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What <img>?"}]
+    asked = pipe.processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=True, return_dict=True)
+    own = pipe.processor.apply_chat_template(QUESTION, tokenize=True, return_dict=True)
+    assert asked.keys() == own.keys() and all(torch.equal(asked[name], own[name]) for name in own)
 
 
 def test_several_chats_are_answered_as_the_stock_pipeline_does(pipe, stock) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, pipeline
+from transformers.generation import BaseStreamer
 from typer.testing import CliRunner
 
 from mars_hf import MarsConfig, MarsForConditionalGeneration, MarsPipeline, MarsProcessor, hub
@@ -80,6 +82,61 @@ def test_a_folder_that_enlarges_nothing_or_belongs_to_others_is_not_carried_alon
     with pytest.raises(ValueError, match="stored against other weights"):
         hub.export_folder(whole, tmp_path / "out", super_resolution=folder)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_holds_only_a_difference_is_not_exported_alone(pair, tmp_path):
+    _, folder, _ = pair
+    with pytest.raises(ValueError, match="holds only what differs from its base. Export the base"):
+        hub.export_folder(folder, tmp_path / "alone")
+    assert not (tmp_path / "alone").exists()
+
+
+def test_what_else_a_repository_holds_comes_of_the_same_revision(pair, monkeypatch):
+    base, _, _ = pair
+    asked = {}
+    model = MarsForConditionalGeneration.from_pretrained(base, revision="v1", local_files_only=True)
+    pipe = MarsPipeline(model=model, processor=MarsProcessor.from_pretrained(base))
+    found = Enlarger.of(base)
+    monkeypatch.setattr(Enlarger, "of", lambda name, **options: asked.update(options) or found)
+    pipe("a pear", super_resolution=True, height=16, width=16)
+    assert asked == {"dtype": torch.float32, "revision": "v1", "local_files_only": True}
+
+
+def test_a_picture_that_a_camera_turned_is_enlarged_upright(pair):
+    _, folder, _ = pair
+    enlarger = Enlarger.of(folder)
+    upright = Image.effect_noise((8, 16), 90).convert("RGB")
+    turned, exif = upright.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6
+    file = BytesIO()
+    turned.save(file, "PNG", exif=exif)
+    large = enlarger.upscale(Image.open(file), "a pear", do_sample=False)
+    assert large.size == (16, 32)
+    assert large.tobytes() == enlarger.upscale(upright, "a pear", do_sample=False).tobytes()
+
+
+def test_an_enlargement_stops_with_the_drawing_that_it_follows(pair):
+    base, _, _ = pair
+    studio = Studio.open(base)
+    drawer = studio.drawer(super_resolution=True)
+    steps = []
+
+    class Stops(BaseStreamer):
+        """Is cancelled in the middle of the enlargement."""
+
+        cancelled = False
+
+        def put(self, value):
+            steps.append(value)
+
+        def end(self):
+            drawer.enlarger.model.register_forward_pre_hook(self.hear)
+
+        def hear(self, module, inputs):
+            steps.append("large")
+            self.cancelled = steps.count("large") > 2
+
+    assert drawer.draw(["a pear"], [3], streamer=Stops()) == [] and steps.count("large") == 3
 
 
 def test_what_was_loaded_is_saved_complete(pair, tmp_path):

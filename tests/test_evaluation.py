@@ -88,6 +88,9 @@ def test_knobs_come_from_the_run_then_the_checkpoint_then_the_library(tiny_model
     assert (sampling["temperature"], sampling["guidance_scale"], sampling["top_k"]) == (0.9, 3.0, 50)
     greedy = Drawer(tiny_model, tiny_processor, RunConfig(do_sample=False), 16, 16).sampling
     assert greedy["do_sample"] is False and greedy["temperature"] is None and greedy["top_k"] is None
+    tiny_model.generation_config.image_defaults = {}
+    asked = [Drawer(tiny_model, tiny_processor, run, 16, 16).sampling for run in (RunConfig(top_k=9), RunConfig())]
+    assert [one["do_sample"] for one in asked] == [True, False] and asked[0]["top_k"] == 9
 
 
 def test_an_interrupted_run_draws_only_what_is_missing(tmp_path: Path) -> None:
@@ -543,8 +546,13 @@ def test_two_processes_draw_what_one_draws(setting, tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.integration
-def test_the_embedded_checkpoint_is_named_by_its_folder() -> None:
+def test_the_embedded_checkpoint_is_named_by_its_folder_unless_there_is_a_checkpoint_of_that_name(
+    tmp_path: Path, monkeypatch
+) -> None:
     from mars_hf.evaluation.provenance import checkpoint_folder
 
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mars-emoji").mkdir()  # of pictures, say
     assert checkpoint_folder("mars-emoji") == DEFAULT_CHECKPOINT
+    (tmp_path / "mars-emoji" / "config.json").write_text("{}")
+    assert checkpoint_folder("mars-emoji") == Path("mars-emoji")

@@ -390,3 +390,54 @@ def test_pictures_decoded_in_slices_are_those_decoded_at_once(make_model, slice_
     assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(sliced, whole, strict=True))
     with pytest.raises(ValueError, match="slice_size.*got 0"):
         model.decode_image_tokens(drawn, sizes, slice_size=0)
+
+
+def test_a_list_of_generators_has_one_for_each_returned_row(model):
+    ids = prompt(model, rows=2)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    drawn = draw(model, ids, do_sample=True, generator=generators, num_return_sequences=2)
+    assert len({tuple(codes) for codes in codes_of(model, drawn)}) == 4
+    for few in (generators[:1], generators[:3]):
+        with pytest.raises(ValueError, match=f"one for each returned row, 4 here, got {len(few)}"):
+            draw(model, ids, do_sample=True, generator=few, num_return_sequences=2)
+
+
+def test_guidance_is_read_from_a_generation_config_as_from_arguments(model):
+    ids, negative = prompt(model), null_prompt(model)
+    told = {"guidance_schedule": "linear", "guidance_interval": (0.2, 0.9), "guidance_scale": 3.0}
+    expected = draw(model, ids, negative_input_ids=negative, **told)
+    by_config = draw(model, ids, negative_input_ids=negative, generation_config=GenerationConfig(**told))
+    assert torch.equal(expected, by_config)
+    plain = draw(model, ids, negative_input_ids=negative, guidance_scale=3.0)
+    assert not torch.equal(expected, plain)
+    with pytest.raises(ValueError, match="constant, linear, cosine, got 'steep'"):
+        draw(model, ids, generation_config=GenerationConfig(guidance_schedule="steep"))
+
+
+def test_a_plain_forward_gives_the_cache_that_the_next_one_takes(model):
+    ids = prompt(model, 6)
+    first = model(ids[:, :4])
+    second = model(ids[:, 4:], past_key_values=first.past_key_values)
+    assert torch.allclose(second.logits, model(ids).logits[:, 4:], equal_nan=True)
+    assert model(ids, use_cache=False).past_key_values is None
+
+
+@pytest.mark.parametrize("fields", [{"codes_per_step": [4, 1]}, {"cell_embedding": True, "max_grid_size": 8}])
+def test_pictures_of_blocks_or_cells_are_read_in_one_piece_or_not_at_all(make_model, fields):
+    model = make_model(**fields)
+    config = model.config
+    codes = torch.arange(4) + config.image_token_offset
+    starts = [config.image_start_token_id] * (4 if "codes_per_step" in fields else 1)
+    ids = torch.tensor([[5, *starts, *codes.tolist(), config.image_end_token_id, 7]])
+    call = {"image_sizes": torch.tensor([[[8, 8]]]), "max_new_tokens": 3, "do_sample": False}
+    model.generate(ids, **call)
+    cache = model(ids[:, :1]).past_key_values
+    for name, value in (("cache_implementation", "static"), ("past_key_values", cache), ("prefill_chunk_size", 2)):
+        with pytest.raises(ValueError, match=f"`{name}` is not possible where this model reads a picture"):
+            model.generate(ids, **call, **{name: value})
+    model.generate(ids[:, :1], max_new_tokens=3, cache_implementation="static")  # words alone
+
+
+def test_a_paged_cache_is_refused_for_text(model):
+    with pytest.raises(ValueError, match="would write codes among words"):
+        model.generate(prompt(model), cache_implementation="paged", max_new_tokens=3)

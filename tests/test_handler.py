@@ -174,6 +174,25 @@ def test_a_chat_is_answered_with_a_document(endpoint, tiny_model, monkeypatch) -
     assert all(part.keys() == {"type", "text"} for part in rest)
 
 
+def test_a_document_has_a_limit_without_asking_for_one(endpoint, monkeypatch) -> None:
+    asked = {}
+    monkeypatch.setattr(endpoint, "pipeline", Recorded(endpoint.pipeline.model, asked))
+    for given, limit in (({}, 64), ({"max_new_tokens": 7}, 7)):  # half of a context of 128
+        endpoint({"inputs": "a", "parameters": {"generation_mode": "interleaved", **given}})
+        assert asked["max_new_tokens"] == limit
+
+
+class Recorded:
+    """Stands for a pipeline and notes what it is asked."""
+
+    def __init__(self, model, asked: dict) -> None:
+        self.model, self.asked = model, asked
+
+    def __call__(self, **arguments) -> list:
+        self.asked.update(arguments)
+        return []
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 SIZES = torch.tensor([[[16, 16], [12, 20]], [[8, 16], [16, 8]]])  # in pixels, two pictures a row; 4 pixels a code
 
@@ -189,3 +189,13 @@ def test_words_and_codes_are_sampled_with_settings_of_their_own(model):
         write(model, prompts(model), SIZES, generator=torch.Generator().manual_seed(n), **options) for n in (0, 0, 1)
     ]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_length_and_guidance_of_a_document_are_read_from_a_generation_config(model):
+    ids, mask = padded(prompts(model))
+    call = {"attention_mask": mask, "generation_mode": "interleaved", "image_sizes": SIZES}
+    call |= {"negative_input_ids": torch.tensor([[model.config.null_token_id, 10]] * 2), "do_sample": False}
+    told = {"max_new_tokens": 30, "guidance_scale": 3.0}
+    expected = model.generate(ids, **call, **told)
+    assert torch.equal(expected, model.generate(ids, **call, generation_config=GenerationConfig(**told)))
+    assert expected.shape[1] <= ids.shape[1] + 30

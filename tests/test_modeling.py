@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from mars_hf import MarsConfig, MarsForConditionalGeneration, MarsModel
-from mars_hf.modeling_mars import is_visual_parameter
+from mars_hf.modeling_mars import ModalityRouter, is_visual_parameter
 
 FAMILIES = [("qwen2", True), ("qwen2", False), ("qwen3", False)]
 
@@ -391,3 +392,20 @@ def test_bare_configuration_and_config_only_model_agree_on_sizes(make_model):
     assert {n: p.shape for n, p in again.named_parameters()} == {
         n: p.shape for n, p in make_model().named_parameters()
     }
+
+
+@pytest.mark.parametrize("impl", ["gather", "where"])
+def test_the_router_follows_layers_to_another_device(impl):
+    router = ModalityRouter(torch.tensor([[False, True, True]]), None, impl)
+    other = router.to("meta", non_blocking=True)
+    assert other.visual_mask.device.type == "meta" and router.visual_mask.device.type == "cpu"
+    assert impl == "where" or (other.order.device.type == other.inverse.device.type == "meta")
+    assert router.to("meta") is other and router.to("cpu") is router
+    states = send_to_device({"router": router}, "meta")["router"].split(torch.empty(1, 3, 4, device="meta"))
+    assert [part.device.type for part in states] == ["meta", "meta"]
+
+
+def test_the_last_module_of_a_model_is_a_head(tiny_model):
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    assert "vision_head" in get_keys_to_not_convert(tiny_model)

@@ -248,6 +248,18 @@ def test_cells_tell_the_decoder_what_they_tell_the_forward(make_model, order, k)
         model(sequences)
 
 
+def test_a_model_with_cells_captions_a_picture_as_whole_forwards_do(make_model):
+    model = with_cells(make_model, code_order="raster")
+    config = model.config
+    codes = torch.arange(6) + config.image_token_offset
+    ids = torch.tensor([[3, config.image_start_token_id, *codes.tolist(), config.image_end_token_id, 4]])
+    sizes = torch.tensor([[[8, 12]]])
+    written = model.generate(ids, image_sizes=sizes, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    for place in range(ids.shape[1], written.shape[1]):
+        logits = model(written[:, :place], image_sizes=sizes).logits[0, -1, : config.text_vocab_size]
+        assert written[0, place] == logits.argmax()
+
+
 def test_cells_start_as_nothing(make_text_model, make_vqgan):
     parts = make_text_model(), make_vqgan()
     plain, model = (MarsForConditionalGeneration.from_text_and_vq(*parts, cell_embedding=on) for on in (False, True))

@@ -530,6 +530,19 @@ def test_the_middle_is_cut_out_and_the_aspect_ratio_kept():
     assert (exact["pixel_values"][..., 0] < 0).all()
 
 
+def test_floats_that_were_rescaled_by_hand_are_recognised_and_a_switch_that_would_leave_their_range_is_refused():
+    floats = torch.rand(3, 8, 8)
+    with pytest.raises(ValueError, match="`do_rescale=False` with `do_normalize=True`.*Leave `do_rescale` out"):
+        _pil(do_resize=False)(floats, do_rescale=False)
+    pixels = _pil(do_resize=False)(floats, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(pixels, floats * 2 - 1, atol=1 / 255, rtol=0)
+    rounded = _pil(do_resize=False)(floats.bfloat16(), return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(rounded, floats * 2 - 1, atol=1 / 60, rtol=0)
+    beyond = torch.where(floats > 0.99, 1.02, floats).where(floats > 0.01, -0.01)  # as resizing leaves it
+    shown = _pil(do_resize=False)(beyond, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(shown, beyond.clamp(0, 1) * 2 - 1, atol=1 / 255, rtol=0)
+
+
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_exif_orientation_is_applied(orientation):
     upright = _picture(4, 6)

@@ -82,6 +82,7 @@ class MarsConfig(PreTrainedConfig):
             `{"path", "sha256"}` of the checkpoint against which this one is stored; see `weights_mars.py`.
         mars_format (`int`, defaults to 1):
             Version of the checkpoint's layout. Code refuses a version that it does not know.
+        use_cache (`bool`, defaults to `True`): Whether a forward returns keys and values unless it is told.
 
     Raises:
         ValueError: If a value is impossible, two sizes contradict each other, the text model is not supported, an
@@ -124,6 +125,7 @@ class MarsConfig(PreTrainedConfig):
     super_resolution_factor: int | None = None
     base_checkpoint: dict[str, str] | None = None
     mars_format: int = MARS_FORMAT
+    use_cache: bool = True
     tie_word_embeddings: bool | None = None
 
     @classmethod

@@ -124,10 +124,12 @@ class Desk:
             future.add_done_callback(lambda _: streamer.end())  # also if the work was refused before it began
             try:
                 yield from streamer
-            finally:
+                return future.result()  # an enlargement follows the last preview, and can be stopped too
+            except BaseException:
                 streamer.cancel()
+                raise
+            finally:
                 self._running.pop(request.session_hash, None)
-            return future.result()
 
     def _preview(self, preview: Preview, seeds: Sequence[int]) -> tuple[str, str]:
         pixels = [pixels for pixels in preview.pixels if pixels is not None]

@@ -203,6 +203,11 @@ class MarsGenerationMixin(GenerationMixin):
         input_ids = kwargs.pop("input_ids", inputs) if inputs is None else inputs
         if input_ids is not None:
             input_ids = self._prompt_with_codes(input_ids, kwargs)
+        if mode != "text" and input_ids is not None and self.device.type != "meta":
+            input_ids = input_ids.to(self.device)  # as the library does for text; offloaded models move it themselves
+            for name in ("attention_mask", "negative_input_ids", "negative_attention_mask"):
+                if kwargs.get(name) is not None:
+                    kwargs[name] = kwargs[name].to(self.device)
         if mode == "image":
             given = {**(vars(generation_config) if generation_config else {}), **kwargs}
             defaults = getattr(self.generation_config, "image_defaults", None) or {}
@@ -211,7 +216,7 @@ class MarsGenerationMixin(GenerationMixin):
         elif mode == "interleaved":
             kwargs = self._prepare_document(input_ids, generation_config, kwargs)
         else:
-            kwargs = self._prepare_writing(input_ids, kwargs)
+            kwargs = self._prepare_writing(input_ids, generation_config, kwargs)
         return super().generate(input_ids, generation_config, generation_mode=mode, **kwargs)
 
     def _prompt_with_codes(self, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -230,16 +235,42 @@ class MarsGenerationMixin(GenerationMixin):
             )
         return input_ids
 
-    def _prepare_writing(self, input_ids: torch.Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _prepare_writing(
+        self, input_ids: torch.Tensor | None, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
         """Give a call of text mode its grammar: the vision head is not even computed."""
         for name in ("generator", "guidance_scale", "jacobi_window"):
             if kwargs.get(name) is not None:
                 raise ValueError(f'`{name}` belongs to `generation_mode="image"`, but this call writes text.')
+        config, sizes = self.config, kwargs.get("image_sizes")
+        setting = self._setting_reader(generation_config, kwargs)
+        if setting("cache_implementation") == "paged":
+            raise ValueError("A paged cache (continuous batching) would write codes among words. Take another cache.")
+        is_read = input_ids is not None and bool((input_ids >= config.image_token_offset).any())
+        if is_read and (max(config.trained_codes_per_step) > 1 or config.cell_embedding):
+            self._require_one_prefill(setting)
         kwargs = {name: value for name, value in kwargs.items() if name not in DRAWING_ARGUMENTS}
         kwargs["vocabulary"] = "text"
-        if input_ids is not None and not bool((input_ids >= self.config.image_token_offset).any()):
+        if input_ids is not None and not is_read:
             kwargs["modality"] = "text"
+        elif config.cell_embedding and sizes is not None:
+            kwargs["image_sizes"] = torch.as_tensor(sizes)  # of the pictures that are read
         return kwargs
+
+    @staticmethod
+    def _require_one_prefill(setting: Callable) -> None:
+        """Refuse calls in which pictures of blocks or cells would not be read whole, as their masks need."""
+        past = setting("past_key_values")
+        asked = {
+            "cache_implementation": setting("cache_implementation") not in (None, "dynamic"),
+            "past_key_values": past is not None and past.get_seq_length() > 0,
+            "prefill_chunk_size": setting("prefill_chunk_size") is not None,
+        }
+        if refused := [name for name, is_asked in asked.items() if is_asked]:
+            raise ValueError(
+                f"`{refused[0]}` is not possible where this model reads a picture: with several codes a step or "
+                "embeddings of cells a prompt with pictures is read in one piece, with a dynamic cache. Leave it out."
+            )
 
     def _prepare_drawing(
         self, input_ids: torch.Tensor | None, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
@@ -247,6 +278,7 @@ class MarsGenerationMixin(GenerationMixin):
         """Check a call of image mode before any work, and give it `image_sizes` and its length."""
         setting = self._setting_reader(generation_config, kwargs)
         input_ids = self._require_drawable("image", input_ids, setting)
+        kwargs |= {name: setting(name) for name in ("guidance_schedule", "guidance_interval")}
         negative = self._check_guidance(setting("guidance_scale", 1.0), len(input_ids), kwargs)
         sizes = self._image_sizes(len(input_ids), kwargs.pop("height", None), kwargs.pop("width", None), kwargs)
         grids = self._grids(input_ids, sizes)
@@ -319,6 +351,12 @@ class MarsGenerationMixin(GenerationMixin):
                 f'`generation_mode="{mode}"` samples or is greedy, with a cache of its own: no beams, no '
                 "`use_cache=False` and no paged cache."
             )
+        generator, rows = setting("generator"), len(input_ids) * setting("num_return_sequences", 1)
+        if isinstance(generator, list) and len(generator) != rows:
+            raise ValueError(
+                f"A list of generators needs one for each returned row, {rows} here, got {len(generator)}. Give one "
+                "generator for all, or a list of that length."
+            )
         if self.training and self.is_activation_checkpointing:
             raise ValueError("Gradient checkpointing leaves no cache to draw with: call `model.eval()` first.")
         return input_ids
@@ -329,6 +367,7 @@ class MarsGenerationMixin(GenerationMixin):
         """Check a call of interleaved mode before any work, and give it sizes, settings of pictures and its length."""
         setting = self._setting_reader(generation_config, kwargs)
         input_ids = self._require_drawable("interleaved", input_ids, setting)
+        kwargs |= {name: setting(name) for name in ("guidance_schedule", "guidance_interval")}
         if kwargs.pop("initial_codes", None) is not None:
             raise ValueError('`initial_codes` belong to `generation_mode="image"`: pictures of a document begin anew.')
         if setting("jacobi_window"):
@@ -344,8 +383,8 @@ class MarsGenerationMixin(GenerationMixin):
         if unknown := sorted(given.keys() - set(IMAGE_SETTINGS)):
             raise ValueError(f"`image_kwargs` takes {', '.join(IMAGE_SETTINGS)}; it does not know `{unknown[0]}`.")
         settings = {"do_sample": setting("do_sample", False), **defaults, **given}
-        scale = kwargs.pop("guidance_scale", None)
-        scale = settings.get("guidance_scale", 1.0) if scale is None else scale
+        scales = (kwargs.pop("guidance_scale", None), getattr(generation_config, "guidance_scale", None))
+        scale = next((scale for scale in scales if scale is not None), settings.get("guidance_scale", 1.0))
         self._check_guidance(scale, len(input_ids), kwargs)
         sizes = self._image_sizes(len(input_ids), kwargs.pop("height", None), kwargs.pop("width", None), kwargs)
         grids = [self._grids_of(row) for row in sizes.tolist()]
@@ -353,6 +392,7 @@ class MarsGenerationMixin(GenerationMixin):
         k = self._check_steps(setting("codes_per_step"), setting("code_order"), every)
         room = config.text_config.max_position_embeddings - input_ids.shape[1]
         asked = self._asked_length(input_ids, kwargs)
+        asked = setting("max_new_tokens") if asked is None else asked
         if room < 1 or (asked is not None and not 1 <= asked <= room):
             raise ValueError(
                 f"The prompt has {input_ids.shape[1]} tokens and {asked} new ones are asked for, but the context of "
@@ -756,12 +796,12 @@ class MarsGenerationMixin(GenerationMixin):
         if isinstance(streamer, ImageStreamer):
             streamer.begin([self._grids_of(row) for row in image_sizes.tolist()], number.tolist(), k, config)
         call = self._step_call(generation_config, past_key_values=past_key_values, use_cache=True)
-        is_done, writing = False, list(range(len(input_ids)))
+        is_done, writing, has_words = False, list(range(len(input_ids))), True
         while self._has_unfinished_sequences(is_done, synced_gpus, device=device):
             token = self._next_words(
                 logits, writing, written, document.may_begin, logits_processor, generation_config, faults
             )
-            visual = logits[..., config.image_token_offset :] if writing else logits
+            visual = logits[..., config.image_token_offset :] if has_words else logits
             guidance = self._guidance(generation_config, document.progress[:, None])
             scores = self._code_scores(visual, guidance, written, written[:, :0], warpers)
             faults.look(scores)
@@ -783,7 +823,8 @@ class MarsGenerationMixin(GenerationMixin):
             is_done, writing = all(done), [row for row, may_write in enumerate(writes) if may_write]
             if is_done and not synced_gpus:
                 break
-            head = {"vocabulary": "all" if writing else "visual", "logits_to_keep": k}
+            has_words = bool(writing) or synced_gpus  # ranks call the same heads
+            head = {"vocabulary": "all" if has_words else "visual", "logits_to_keep": k}
             logits = call(**context.feed(document.fed, live, cells), **head).logits
         faults.refuse()
         sequences = torch.cat([input_ids, document.tokens[:, : int(document.length.max())]], dim=1)

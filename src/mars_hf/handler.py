@@ -330,6 +330,9 @@ class EndpointHandler:
         """
         try:
             asked, arguments = read_request(data)
+            if arguments["generation_mode"] == "interleaved":  # which else goes on to the end of the context
+                context = self.pipeline.model.config.text_config.max_position_embeddings
+                arguments.setdefault("max_new_tokens", min(MAX_NEW_TOKENS, context // 2))
             with self.lock:  # the pixels of one request at a time, too
                 if "images" in asked or not isinstance(asked["text"], str):
                     decode_pictures(asked)

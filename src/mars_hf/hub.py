@@ -238,6 +238,11 @@ def export_folder(
     """
     source, out = Path(source), Path(out)
     require_checkpoint(source)
+    if _read_json(source / "config.json").get("base_checkpoint") is not None:
+        raise ValueError(
+            f"{source} holds only what differs from its base. Export the base, which carries it along, or save it "
+            "whole first: `MarsForConditionalGeneration.from_pretrained(...).save_pretrained(...)` and its processor."
+        )
     enlarger = _enlarger_of(source, super_resolution)
     if facts is None and source.resolve() == DEFAULT_CHECKPOINT.resolve():
         facts = emoji_facts()

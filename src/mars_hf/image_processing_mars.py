@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.vq_model import VQModel
 
 DOWNLOAD_TIMEOUT = 30  # seconds
+OVERSHOOT = 0.05  # of shares of brightness that were resized
 MAX_UINT8, MAX_UINT16 = 255, 65535
 
 
@@ -115,7 +116,8 @@ def _describe(source: Any) -> str:
 def _picture_from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
     # A picture of 3 x n x 3 values is ambiguous: tensors are read channels first, arrays channels last.
     axes = (0, -1) if isinstance(array, torch.Tensor) else (-1, 0)
-    array = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else array
+    if isinstance(array, torch.Tensor):
+        array = (array.float() if array.dtype == torch.bfloat16 else array).detach().cpu().numpy()
     if array.ndim not in (2, 3) or 0 in array.shape:
         raise ValueError(f"An array must hold a picture of 2 or 3 dimensions, got shape {array.shape}.")
     if array.ndim == 3:
@@ -129,14 +131,14 @@ def _picture_from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
 
 def _to_uint8(array: np.ndarray) -> np.ndarray:
     """
-    Scale to 8 bits by the range in use: floats up to 1 are shares of full brightness; whole numbers above 255 (and
-    all `uint16`) are 16-bit values.
+    Scale to 8 bits by the range in use: floats up to 1 are shares of full brightness, and a little beyond as resizing
+    leaves them; whole numbers above 255 (and all `uint16`) are 16-bit values.
     """
     if array.dtype == np.uint8:
         return array
     low, high = float(array.min()), float(array.max())
-    if array.dtype == bool or (array.dtype.kind == "f" and 0 <= low and high <= 1):
-        full = 1
+    if array.dtype == bool or (array.dtype.kind == "f" and -OVERSHOOT <= low and high <= 1 + OVERSHOOT):
+        array, full = array.clip(0, 1), 1
     elif array.dtype != np.uint16 and 0 <= low and high <= MAX_UINT8:
         full = MAX_UINT8
     elif array.dtype.kind in "iu" and 0 <= low and high <= MAX_UINT16:
@@ -254,6 +256,11 @@ class _MarsImageProcessing:
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
         super()._validate_preprocess_kwargs(**kwargs)  # type: ignore[misc]
+        if kwargs["do_normalize"] and not kwargs["do_rescale"]:
+            raise ValueError(
+                "`do_rescale=False` with `do_normalize=True` would give pixels far outside of [-1, 1]: the range of "
+                "what comes in is found out by itself, [0, 1] too. Leave `do_rescale` out."
+            )
         height, width, factor = kwargs["height"], kwargs["width"], kwargs["downsample_factor"]
         if (height is None) != (width is None):
             raise ValueError(f"`height` and `width` go together, got height={height} and width={width}.")
@@ -415,6 +422,7 @@ def encode_pixels(vqgan: "VQModel", pixel_values: torch.Tensor | Sequence[torch.
     Returns:
         `list[torch.LongTensor]`: For each picture its codes `(height / f, width / f)`, in [0, codebook_size).
     """
+    _require_weights(vqgan)
     codes: dict[int, torch.Tensor] = {}
     for positions in _positions_by_shape(pixel_values):
         pixels = torch.stack([pixel_values[i] for i in positions]).to(vqgan.device, vqgan.dtype)
@@ -426,6 +434,14 @@ def encode_pixels(vqgan: "VQModel", pixel_values: torch.Tensor | Sequence[torch.
 
 
 @torch.no_grad()
+def _require_weights(vqgan: "VQModel") -> None:
+    if vqgan.device.type == "meta":
+        raise ValueError(
+            "The VQ-GAN was offloaded, and is not called as a whole: load the model with a `device_map` that keeps it "
+            'on a device, such as {"model": 0, "text_head": 0, "vision_head": 0, "vqgan": "cpu"}.'
+        )
+
+
 def decode_codes(vqgan: "VQModel", codes: Sequence[torch.Tensor], slice_size: int | None = None) -> list[torch.Tensor]:
     """
     Turn image codes into pictures. Pictures of one size share a call; none is padded.
@@ -445,6 +461,7 @@ def decode_codes(vqgan: "VQModel", codes: Sequence[torch.Tensor], slice_size: in
     """
     if slice_size is not None and slice_size < 1:
         raise ValueError(f"`slice_size` must be 1 picture or more, or None, got {slice_size}.")
+    _require_weights(vqgan)
     pictures: dict[int, torch.Tensor] = {}
     for positions in _positions_by_shape(codes, slice_size):
         indices = torch.stack([codes[i] for i in positions]).long().to(vqgan.device)  # (pictures, height, width)

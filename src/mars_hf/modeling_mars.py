@@ -82,6 +82,19 @@ class ModalityRouter:
             self.inverse = torch.argsort(self.order)
             num_visual = int(flat.sum())  # the one host synchronisation of a forward
             self.counts = (flat.numel() - num_visual, num_visual)
+        self._elsewhere: dict[torch.device, ModalityRouter] = {}
+
+    def to(self, device: torch.device | str | int, **unused: Any) -> "ModalityRouter":
+        """Give a copy on another device, made once: accelerate calls this where layers lie on several."""
+        device = torch.empty(0, device=device).device  # an index names the accelerator of that number
+        if device == self.visual_mask.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = other = copy.copy(self)
+            for name in ("visual_mask", "order", "inverse"):
+                if hasattr(self, name):
+                    setattr(other, name, getattr(self, name).to(device))
+        return self._elsewhere[device]
 
     def split(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Give the rows that the text and the visual expert read, from states of shape `(batch, seq, hidden)`."""
@@ -307,6 +320,7 @@ class MarsPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: If a tensor is missing, unexpected or of the wrong shape, or the base is another one.
         """
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs and key not in ("subfolder", "token")}
         name, kwargs = cls._with_base(pretrained_model_name_or_path, kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
@@ -325,6 +339,7 @@ class MarsPreTrainedModel(PreTrainedModel):
             raise ValueError(f"The checkpoint does not fit the model of its configuration. Tensors {found}.")
         if model.config.use_visual_expert:
             model.freeze_text()
+        model._hub_arguments = hub  # what else the repository holds comes of the same revision
         return (model, info) if wants_info else model
 
     @classmethod
@@ -479,6 +494,13 @@ class MarsModel(MarsPreTrainedModel):
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(given.shape[1], device=given.device)[None] + past_length
 
+        if block_ids is not None and "flash" in (self.config.text_config._attn_implementation or ""):
+            if bool((block_ids >= 0).any()):
+                raise ValueError(
+                    "Flash attention cannot let the tokens of a block see one another, as `codes_per_step` above 1 "
+                    'needs. Load the model with `attn_implementation="sdpa"` or `"flex_attention"`.'
+                )
+            block_ids = None  # there is no picture
         masks = (
             attention_mask  # `generate` may have prepared them
             if isinstance(attention_mask, dict)
@@ -490,11 +512,6 @@ class MarsModel(MarsPreTrainedModel):
                 block_sequence_ids=block_ids,
             )
         )
-        if block_ids is not None and "flash" in (self.config.text_config._attn_implementation or ""):
-            raise ValueError(
-                "Flash attention cannot let the tokens of a block see one another, as `codes_per_step` above 1 needs. "
-                'Load the model with `attn_implementation="sdpa"` or `"flex_attention"`.'
-            )
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer, layer_type in zip(self.layers, self.config.text_config.layer_types, strict=True):
             hidden_states = layer(
@@ -530,9 +547,10 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
         super().__init__(config)
         text = config.text_config
         self.model = MarsModel(config)
+        # Before the heads: the library spares the last module of a model from quantisation, which is to be a head.
+        self.vqgan = VQModel.from_config(config.vq_config) if config.vq_config is not None else None
         self.text_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.vision_head = nn.Linear(text.hidden_size, config.num_visual_tokens, bias=False)
-        self.vqgan = VQModel.from_config(config.vq_config) if config.vq_config is not None else None
         self.post_init()
 
     @classmethod
@@ -576,6 +594,8 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
         if vq_model is not None:
             model.vqgan.float().load_state_dict(vq_model.state_dict(), strict=True)
         ends = _end_tokens(text_model)
+        if end_of_text_id is not None and end_of_text_id not in ends:
+            ends = [*ends, end_of_text_id]  # captions and documents end so, whatever ends a turn of a chat
         model._copy_text_model(text_model, ends[-1] if end_of_text_id is None and ends else end_of_text_id)
         if config.use_visual_expert:
             model.freeze_text()
@@ -608,12 +628,12 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
             moved = fn(tensor)
             return tensor.to(moved.device) if moved.is_floating_point() and moved.dtype.itemsize < 4 else moved
 
-        vqgan = self._modules.pop("vqgan", None)
+        vqgan = self._modules.get("vqgan")
+        self._modules["vqgan"] = None  # in its place: the order of modules stays
         try:
             super()._apply(fn, recurse)
         finally:
-            if vqgan is not None:
-                self._modules["vqgan"] = vqgan
+            self._modules["vqgan"] = vqgan
         if vqgan is not None:
             vqgan._apply(at_least_float32)
         return self
@@ -736,7 +756,10 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
         visual = self.vision_head(hidden_states)
         if padding:
             visual = F.pad(visual[..., :-padding], (0, padding), value=-torch.inf)
-        return visual if vocabulary == "visual" else torch.cat([self.text_head(hidden_states), visual], dim=-1)
+        if vocabulary == "visual":
+            return visual
+        words = self.text_head(hidden_states)
+        return torch.cat([words, visual.to(words.device)], dim=-1)  # heads may lie on two devices
 
     def _longest_run(self, codes_per_step: int | None) -> int:
         return max(self.config.trained_codes_per_step) if codes_per_step is None else codes_per_step
@@ -829,7 +852,7 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
         is_step = past_key_values is not None and (block_ids is not None or cells is not None)  # of `generate`
         layout = (
             None
-            if is_step or isinstance(attention_mask, dict)
+            if is_step or modality == "text" or isinstance(attention_mask, dict)
             else self._layout(input_ids, codes_per_step, past_key_values)
         )
         if layout is not None and input_ids is not None:

@@ -173,7 +173,7 @@ class MarsPipeline(_MarsBasePipeline):
         if self._enlarger is None:
             if not (name := self.model.config._name_or_path):
                 raise ValueError("`super_resolution` needs a pipeline that was loaded from a folder or repository.")
-            self._enlarger = Enlarger.of(name, dtype=self.model.dtype)
+            self._enlarger = Enlarger.of(name, dtype=self.model.dtype, **getattr(self.model, "_hub_arguments", {}))
             self._enlarger.model.to(self.device)
         return self._enlarger
 

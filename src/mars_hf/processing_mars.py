@@ -648,7 +648,7 @@ class MarsProcessor(ProcessorMixin):
         if kwargs.pop("return_assistant_tokens_mask", False):
             raise ValueError("`return_assistant_tokens_mask` is not supported: write labels from the rows' parts.")
         kwargs.pop("sanitize_control_tokens", None)  # what follows always does so
-        conversations = conversation if isinstance(conversation[0], (list, tuple)) else [conversation]
+        conversations, _ = self._normalize_conversations(conversation)
         rows = [self._chat_row(messages, chat_template, **kwargs) for messages in conversations]
         types = {} if return_tensors == "auto" else {"return_tensors": return_tensors}
         given = dict(processor_kwargs or {})

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from .configuration_mars import MarsConfig
+from .image_processing_mars import to_rgb
 from .modeling_mars import MarsForConditionalGeneration
 from .processing_mars import MarsProcessor
 from .weights_mars import HUB_ARGUMENTS
@@ -105,7 +106,7 @@ class Enlarger:
         Raises:
             ValueError: If it is larger than the model can take.
         """
-        unit = self.processor.downsample_factor
+        unit, picture = self.processor.downsample_factor, to_rgb(picture)  # upright: its sides may change places
         height, width = (self.factor * unit * max(1, round(side / unit)) for side in (picture.height, picture.width))
         inputs = self.processor([caption], lowres_images=[picture], height=height, width=width, return_tensors="pt")
         drawn = self.model.generate(**inputs.to(self.model.device), generation_mode="image", **generate_kwargs)

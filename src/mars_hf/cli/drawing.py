@@ -175,6 +175,7 @@ def upscale(
         check_prompt(caption), check_seed(seed)
         small = open_picture(picture)
         enlarger = Enlarger.of(checkpoint_folder(model))
+        enlarger.model.to(torch.accelerator.current_accelerator() or "cpu")
         k = codes_per_step or enlarger.model.config.trained_codes_per_step[0]
         chance = torch.Generator(enlarger.model.device).manual_seed(seed)
         large = enlarger.upscale(small, caption, codes_per_step=k, generator=chance)

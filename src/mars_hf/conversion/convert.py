@@ -122,8 +122,10 @@ def convert_to_mars(
     vq_model, takes_unit_pixels = read_vqgan(vqgan, None if vqgan_config is None else Path(vqgan_config), vqgan_source)
     text_tokenizer, notes = read_tokenizer(text if tokenizer is None else Path(tokenizer))
     end_of_text_id = text_tokenizer.convert_tokens_to_ids(END_OF_TEXT)
-    if text_model.generation_config.eos_token_id is None:
-        text_model.generation_config.eos_token_id = end_of_text_id
+    ends = text_model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if end_of_text_id not in ends:  # captions and documents end so, whatever ends a turn of a chat
+        text_model.generation_config.eos_token_id = [*ends, end_of_text_id]
 
     sizes = {} if codebook_size is None else {"codebook_size": codebook_size}
     mars = StreamedMars(text_model, vq_model, end_of_text_id, max_shard_size, seed, **sizes)

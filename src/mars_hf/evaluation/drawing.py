@@ -77,7 +77,10 @@ class Drawer:
     def _spell_out(self, run: RunConfig) -> dict[str, Any]:
         """Give every knob its value: the run's, else the checkpoint's, else `generate`'s."""
         own = self.model.generation_config
-        sources = [asdict(run), getattr(own, "image_defaults", None) or {}, vars(own), GENERATE_DEFAULTS]
+        asked = asdict(run)
+        if asked["do_sample"] is None and any(asked[name] for name in ("temperature", "top_k", "top_p", "min_p")):
+            asked["do_sample"] = True  # who asks how to sample, asks to sample
+        sources = [asked, getattr(own, "image_defaults", None) or {}, vars(own), GENERATE_DEFAULTS]
         values = {n: next((s[n] for s in sources if s.get(n) is not None), None) for n in GENERATE_DEFAULTS}
         if not values["do_sample"]:  # the likeliest code needs none of them, and the library warns of them
             values |= dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
@@ -124,13 +127,39 @@ class Drawer:
         drawn = self.model.generate(
             **inputs, generation_mode="image", generator=generators, streamer=streamer, **given
         )
+        if getattr(streamer, "cancelled", False):
+            return []
         if self.enlarger is None:
             pixels = self.model.decode_image_tokens(drawn, inputs["image_sizes"])
         else:
             grids = [codes for row in self.model.collect_image_codes(drawn, inputs["image_sizes"]) for codes in row]
             generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-            pixels = self.enlarger(prompts, grids, generator=generators) if grids else []
+            stops = None if streamer is None else StopsWith(streamer)
+            pixels = self.enlarger(prompts, grids, generator=generators, streamer=stops) if grids else []
         return self.processor.post_process_multimodal_output(pixels, generation_mode="image")
+
+
+class StopsWith(BaseStreamer):
+    """
+    Hears nothing, and stops a drawing when another streamer is cancelled.
+
+    Args:
+        other (`BaseStreamer`): The other one.
+    """
+
+    def __init__(self, other: BaseStreamer):
+        self.other = other
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the other one is."""
+        return getattr(self.other, "cancelled", False)
+
+    def put(self, value: torch.Tensor) -> None:
+        """Do nothing."""
+
+    def end(self) -> None:
+        """Do nothing."""
 
 
 class References:

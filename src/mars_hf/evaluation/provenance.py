@@ -19,15 +19,15 @@ OF_TRAINING = ("training_args", "trainer_state", "optimizer", "scheduler", "rng_
 
 def checkpoint_folder(name: str) -> Path:
     """
-    Find the folder of a checkpoint: the embedded one, a folder, or one that is brought from the Hub.
+    Find the folder of a checkpoint: a folder, the embedded one by its name, or one that is brought from the Hub.
 
     Raises:
         ValueError: If there is no such checkpoint.
     """
+    if (Path(name) / "config.json").is_file() or (Path(name).is_dir() and name != DEFAULT_CHECKPOINT.name):
+        return Path(name)
     if name == DEFAULT_CHECKPOINT.name:
         return DEFAULT_CHECKPOINT
-    if Path(name).is_dir():
-        return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
