@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from mars_hf import MarsConfig, MarsForConditionalGeneration, MarsModel
+from mars_hf.image_processing_mars import decode_codes, encode_pixels
 from mars_hf.modeling_mars import ModalityRouter, is_visual_parameter
 
 FAMILIES = [("qwen2", True), ("qwen2", False), ("qwen3", False)]
@@ -409,3 +410,20 @@ def test_the_last_module_of_a_model_is_a_head(tiny_model):
     from transformers.quantizers.base import get_keys_to_not_convert
 
     assert "vision_head" in get_keys_to_not_convert(tiny_model)
+
+
+def test_pictures_are_encoded_and_decoded_without_a_graph(make_vqgan):
+    vqgan = make_vqgan().requires_grad_(True)
+    (codes,) = encode_pixels(vqgan, torch.zeros(1, 3, 16, 16))
+    (pixels,) = decode_codes(vqgan, [codes])
+    assert not pixels.requires_grad
+
+
+def test_a_vqgan_that_was_offloaded_is_told_with_the_way_out(make_vqgan):
+    away = make_vqgan().to("meta")
+    for call in (
+        lambda: encode_pixels(away, torch.zeros(1, 3, 16, 16)),
+        lambda: decode_codes(away, [torch.zeros(4, 4)]),
+    ):
+        with pytest.raises(ValueError, match="was offloaded.*`device_map`"):
+            call()

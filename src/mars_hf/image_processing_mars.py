@@ -433,7 +433,6 @@ def encode_pixels(vqgan: "VQModel", pixel_values: torch.Tensor | Sequence[torch.
     return [cast(torch.LongTensor, codes[i]) for i in range(len(codes))]
 
 
-@torch.no_grad()
 def _require_weights(vqgan: "VQModel") -> None:
     if vqgan.device.type == "meta":
         raise ValueError(
@@ -442,6 +441,7 @@ def _require_weights(vqgan: "VQModel") -> None:
         )
 
 
+@torch.no_grad()
 def decode_codes(vqgan: "VQModel", codes: Sequence[torch.Tensor], slice_size: int | None = None) -> list[torch.Tensor]:
     """
     Turn image codes into pictures. Pictures of one size share a call; none is padded.

@@ -309,7 +309,8 @@ class FrozenCheck(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if any(map(_is_sharded, model.parameters())):
             self._hashes = frozen_hashes(model)  # each process's share from here on
-        self._compare(model, "the checkpoint differs from the model that the run began with")
+        else:
+            self._compare(model, "the checkpoint differs from the model that the run began with")
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self._compare(model, "training changed them")
