@@ -62,7 +62,7 @@ def draw(model, processor, records: list[dict], captions: list[str], size: tuple
 def main() -> None:
     options = parser.parse_args()
     torch.set_flush_denormal(True)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model = MarsForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32).eval().to(device)
     processor = MarsProcessor.from_pretrained(options.model)
     rows = open_records(options.data, vqgan=model.vqgan)

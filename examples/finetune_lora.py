@@ -4,7 +4,7 @@ Teach a MARS pictures of your own: LoRA on its visual experts, with nothing but 
     python examples/finetune_lora.py my-pictures --prompt "my cat on a sofa" --out runs/lora
 
 The folder holds pictures whose names are their captions ("my cat on a sofa.png"), or pictures and a `metadata.jsonl`
-of lines like {"file_name": "1.png", "text": "my cat on a sofa"}. `OUT/before-after.png` shows the prompt before and
+of lines like {"file_name": "1.png", "caption": "my cat on a sofa"}. `OUT/before-after.png` shows the prompt before and
 after, `OUT/adapter` is what was learnt: `PeftModel.from_pretrained(model, "OUT/adapter")` puts it on.
 """
 
@@ -26,7 +26,7 @@ parser.add_argument("pictures", help="folder of pictures")
 parser.add_argument("--prompt", help="what to draw; the first caption if not given")
 parser.add_argument("--out", type=Path, required=True)
 parser.add_argument("--model", default=DEFAULT_CHECKPOINT, help="folder of another checkpoint")
-parser.add_argument("--column", default="text", help="of metadata.jsonl, with the captions")
+parser.add_argument("--column", help="of metadata.jsonl, with the captions; `caption` or `text` if not given")
 parser.add_argument("--max-steps", type=int, default=100)
 parser.add_argument("--batch-size", type=int, default=8)
 parser.add_argument("--learning-rate", type=float, default=2e-3)
@@ -42,7 +42,10 @@ processor.image_tokenizer = model.vqgan  # pictures come out of it as codes
 data = load_dataset("imagefolder", data_dir=options.pictures, data_files={"train": "**"}, split="train")
 paths = [Path(picture["path"]) for picture in data.cast_column("image", Image(decode=False))["image"]]
 is_named = set(data.column_names) <= {"image", "label"}  # there is no metadata
-captions = [path.stem for path in paths] if is_named else list(data[options.column])
+columns = [name for name in (options.column, "caption", "text") if name in data.column_names]
+if not is_named and not columns or options.column not in (None, *columns):
+    parser.error(f"metadata.jsonl has the columns {', '.join(data.column_names)}: which holds captions? See --column.")
+captions = [path.stem for path in paths] if is_named else list(data[columns[0]])
 
 rows = []
 for path, caption in zip(tqdm(paths, desc="Encoding pictures"), captions, strict=True):

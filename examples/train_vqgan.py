@@ -48,7 +48,7 @@ def pictures(split: str) -> dict[int, np.ndarray]:
     return {side: np.stack([np.asarray(row["image"]) for row in data]) for side, data in sources.items()}
 
 
-device = torch.accelerator.current_accelerator() or torch.device("cpu")
+device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 vqgan = VQModel(**VQ_CONFIG).to(device)
 trainer = VqganTrainer(vqgan, pictures("train"), args, options.out, eval_images=pictures("validation"))
 vqgan = trainer.train(bf16=is_bfloat16_fast())

@@ -1,6 +1,7 @@
 """Checkpoints that are stored against a base."""
 
 import json
+import os
 import shutil
 from io import BytesIO
 
@@ -15,6 +16,8 @@ from typer.testing import CliRunner
 
 from mars_hf import MarsConfig, MarsForConditionalGeneration, MarsPipeline, MarsProcessor, hub
 from mars_hf.cli import app
+from mars_hf.data.encode import load_image_tokenizer
+from mars_hf.data.records import tokenizer_fingerprint
 from mars_hf.modeling_mars import is_visual_parameter
 from mars_hf.studio import Studio
 from mars_hf.super_resolution_mars import Enlarger
@@ -146,6 +149,39 @@ def test_what_was_loaded_is_saved_complete(pair, tmp_path):
     again = MarsForConditionalGeneration.from_pretrained(tmp_path / "saved")
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
     assert MarsConfig.from_pretrained(tmp_path / "saved").base_checkpoint is None
+
+
+@pytest.mark.parametrize("moment", range(6))
+def test_storing_against_a_base_can_be_killed_at_any_moment(pair, monkeypatch, moment):
+    base, _, whole = pair
+    folder = shutil.copytree(whole, base / "again")
+    hub._separate_frozen(folder)
+    moments, original = iter(range(9)), (os.replace, type(folder).unlink)
+
+    def killed(number):
+        def step(*args, **kwargs):
+            if next(moments) == moment:
+                raise KeyboardInterrupt
+            return original[number](*args, **kwargs)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed(0)), patch.setattr(type(folder), "unlink", killed(1))
+        try:
+            hub.store_against_base(folder, base)
+        except KeyboardInterrupt:
+            assert moment < 5  # the configuration, the weights, the index and two shards
+        else:
+            assert moment == 5
+    expected = MarsForConditionalGeneration.from_pretrained(whole).state_dict()
+    loaded = MarsForConditionalGeneration.from_pretrained(folder).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.items())
+
+
+def test_the_image_tokenizer_of_a_difference_is_that_of_its_base(pair):
+    base, folder, _ = pair
+    assert len({tokenizer_fingerprint(load_image_tokenizer(one)[0]) for one in (base, folder)}) == 1
 
 
 def test_another_base_is_refused(pair, tiny_model):

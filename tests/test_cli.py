@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 
 from mars_hf import DEFAULT_CHECKPOINT, ImageIteratorStreamer
 from mars_hf.cli import app
-from mars_hf.documents import write_document
+from mars_hf.documents import as_markdown, write_document
 from mars_hf.evaluation.provenance import fingerprint
 from mars_hf.studio import Studio, check_prompt
+from mars_hf.training.recipe import Recipe
 
 SIDE = 16
 
@@ -125,6 +126,7 @@ GENERATE = ["generate", "a red apple", "--out", "a.png"]
         ([*GENERATE, "--temperature", "nan"], "must be a finite number"),
         ([*GENERATE, "--temperature", "0"], "`temperature` must be above 0"),
         ([*GENERATE, "--codes-per-step", "4"], "not trained to draw 4 codes a step"),
+        ([*GENERATE, "--codes-per-step", "0"], "codes"),
         ([*GENERATE, "--batch-size", "0"], "--batch-size"),
         ([*GENERATE, "--model", "."], "holds no complete MARS checkpoint"),
         ([*GENERATE, "--model", "./nowhere"], "neither a folder nor a repository"),
@@ -237,6 +239,8 @@ def test_markup_that_a_model_writes_is_shown_and_not_obeyed(tmp_path: Path):
     text = files[0].read_text()
     assert "<script" not in text and not re.search(r"(?<!\\)[\[`*]", text.replace("![](a%20b-1.png)", ""))
     assert files[1].name == "a b-1.png"
+    lines = as_markdown(["Title\n- a\n---\n+ b\n===\n1. c\n12) d\n1.5 e"], []).split("\n\n")[1:]
+    assert lines == ["\\- a", "\\---", "\\+ b", "\\===", "1\\. c", "12\\) d", "1\\.5 e\n"]
     page = write_document([hostile], tmp_path / "a.html")[0].read_text()
     assert "<script" not in page and "&lt;script&gt;" in page and "{0}" in page
 
@@ -300,6 +304,19 @@ DATA = [f"data {name}" for name in ("emoji", "encode", "canvases", "stories", "b
 def test_help_has_examples_and_exit_codes(command: str):
     said = " ".join(re.sub("[│╭╮╰╯─]", " ", run(*command.split(), "--help").stdout).split())
     assert f"mars-hf {command}" in said.split("Examples:")[1] and "130 interrupted" in said
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch, tmp_path: Path):
+    monkeypatch.delitem(sys.modules, "mars_hf.training.run", raising=False)
+    monkeypatch.delitem(sys.modules, "mars_hf.training.trainer", raising=False)
+    monkeypatch.setitem(sys.modules, "accelerate.utils", None)
+    done = run("train", "emoji/stage1", "--out", tmp_path / "run")
+    assert done.exit_code == 1 and "accelerate" in done.stderr and done.stderr.endswith("'mars_hf[train]'\n")
+
+
+def test_a_recipe_of_the_package_is_printed_to_be_copied(tmp_path: Path):
+    (tmp_path / "mine.yaml").write_text(run("train", "emoji/stage2", "--show").stdout, encoding="utf-8")
+    assert Recipe.load(tmp_path / "mine.yaml") == Recipe.load("emoji/stage2")
 
 
 def test_a_drawing_that_is_cancelled_before_it_begins_stops_after_a_step(tiny_model, tiny_processor):

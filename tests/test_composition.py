@@ -1,10 +1,9 @@
-"""Emoji on canvases that are not square: where they lie, what the captions say, what is held out; two resolutions."""
+"""Emoji on canvases that are not square: where they lie, what the captions say, what is held out."""
 
 import re
 
 import numpy as np
 import pytest
-import torch
 from datasets import Dataset
 from PIL import Image
 
@@ -13,8 +12,6 @@ from mars_hf.data.composition import (
     on_canvas,
     pair_on_canvas,
     part_of,
-    super_resolution_pairs,
-    upscale_bicubic,
 )
 from mars_hf.data.emoji import STYLES, split_of
 
@@ -229,40 +226,3 @@ def test_a_style_with_one_subject_has_no_pairs(data):
     with pytest.raises(ValueError, match=r"Pairs need two subjects .* there are fewer of \['noto'\]"):
         EmojiCompositions(lonely, 10)
     assert len(list(EmojiCompositions(lonely, 10, shares={"canvas": 1.0}))) == 10
-
-
-# Two resolutions
-
-
-def test_pictures_of_two_sizes_meet_by_subject_and_style():
-    low, high = emoji_data(size=8), emoji_data(size=16).shuffle(seed=1)
-    joined = super_resolution_pairs(low, high)
-    assert len(joined) == len(low)
-    for row, before in zip(joined, low, strict=True):
-        assert row["low_image"].size == (8, 8) and row["image"].size == (16, 16)
-        assert row["low_image"].getpixel((0, 0)) == row["image"].getpixel((0, 0)) == COLORS[row["hexcode"]][2]
-        assert all(row[name] == before[name] for name in ("caption_en", "caption_zh", "style", "hexcode"))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda high: high.select(range(1, len(high))), r"differ in 1 pairs, such as \('1F534', 'noto'\)"),
-        (lambda high: high.select([*range(len(high)), 0]), "differ in 0 pairs"),
-        (lambda high: high.map(lambda row: {"caption_zh": "?"}), "name .* differently"),
-        (lambda high: emoji_data(size=8), "2 at least; got 8 x 8 and 8 x 8"),
-        (lambda high: emoji_data(size=20), "whole multiple of the low ones, 2 at least; got 8 x 8 and 20 x 20"),
-        (lambda high: emoji_data("validation", size=16), "differ in"),
-    ],
-)
-def test_sets_that_do_not_match_are_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        super_resolution_pairs(emoji_data(size=8), change(emoji_data(size=16)))
-
-
-def test_the_bicubic_baseline_is_torchs():
-    picture = noise(16).point(lambda value: 80 + value // 3)  # Pillow cuts at 0 and 255 after each direction
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].double()
-    expected = torch.nn.functional.interpolate(pixels, scale_factor=2, mode="bicubic", antialias=True)
-    drawn = torch.from_numpy(np.array(upscale_bicubic(picture))).permute(2, 0, 1)[None]
-    assert (drawn - expected).abs().max() < 1.2  # which rounds twice

@@ -6,6 +6,7 @@ In the reference, the place of every attention block is written out by hand for 
 """
 
 import copy
+import json
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,8 +14,15 @@ import torch
 from diffusers import VQModel
 from torch.nn import functional as F
 
+from mars_hf.conversion.convert import read_vqgan_config
 from mars_hf.conversion.renames import RenameTable
-from mars_hf.conversion.vqgan import SOURCES, convert_vqgan_state_dict, detect_vqgan_source, vqgan_rename_table
+from mars_hf.conversion.vqgan import (
+    READERS,
+    SOURCES,
+    convert_vqgan_state_dict,
+    detect_vqgan_source,
+    vqgan_rename_table,
+)
 from mars_hf.image_processing_mars import decode_codes, encode_pixels
 
 CHANNELS, LATENT, DIM, CODES = 32, 8, 6, 48
@@ -335,6 +343,17 @@ def test_a_whole_janus_gives_its_vqgan():
     whole["language_model.lm_head.weight"] = torch.zeros(3)
     _, tensors = convert_vqgan_state_dict(whole, original.config)
     assert torch.equal(tensors["decoder.conv_in.weight"], original.tensors["decoder.conv_in.weight"])
+
+
+def test_the_configuration_of_a_whole_janus_says_what_its_vqgan_is(tmp_path):
+    params = {"image_token_size": 40, "n_embed": 6}  # in the form of the released config.json
+    whole = {"architectures": ["MultiModalityCausalLM"], "aligner_config": {"cls": "MlpProjector"}}
+    whole["gen_vision_config"] = {"cls": "VQ-16", "model_type": "gen_vision", "params": params}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    config = read_vqgan_config(tmp_path, None)
+    assert config == {"codebook_size": 40, "codebook_embed_dim": 6}
+    made = READERS["janus"](config)
+    assert made["num_vq_embeddings"] == 40 and made["vq_embed_dim"] == 6
 
 
 def test_every_shape_of_a_yaml_configuration_is_read():

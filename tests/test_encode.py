@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from mars_hf import MarsForConditionalGeneration
+from mars_hf import DEFAULT_CHECKPOINT, MarsForConditionalGeneration
 from mars_hf.cli import app
 from mars_hf.data import encode
 from mars_hf.data.encode import encode_records, load_image_tokenizer
@@ -25,6 +25,7 @@ from mars_hf.data.records import (
 from mars_hf.image_processing_mars import MarsImageProcessor
 
 NUM, BROKEN = 11, 5
+SAME = {"shard_size": 3, "limit": 0.2, "progress": False}  # of all runs here
 
 
 @pytest.fixture(autouse=True)
@@ -68,9 +69,7 @@ def make_records(broken: int | None = BROKEN) -> datasets.Dataset:
 
 
 def run(records, out: Path, vqgan, image_processor, **options) -> list[dict]:
-    encode_records(
-        records, out, vqgan, image_processor, **{"shard_size": 3, "limit": 0.2, "progress": False, **options}
-    )
+    encode_records(records, out, vqgan, image_processor, **{**SAME, **options})
     return list(open_records(out, vqgan=vqgan))
 
 
@@ -102,6 +101,26 @@ def test_codes_are_what_the_processor_feeds_the_model(tmp_path: Path, tiny_model
         ids = tiny_processor(images=picture(number))["input_ids"][0].tolist()
         start, end = (ids.index(tiny_processor.tokenizer.convert_tokens_to_ids(name)) for name in ("<img>", "</img>"))
         assert [code + tiny_processor.image_token_offset for code in row["image_codes"]] == ids[start + 1 : end]
+
+
+@pytest.mark.parametrize("split", ["train[:4]", "train+test", "../train", ""])
+def test_a_split_that_names_no_file_is_refused(tmp_path: Path, vqgan, image_processor, split: str) -> None:
+    with pytest.raises(ValueError, match="`split` names what is written"):
+        run(make_records(), tmp_path / "codes", vqgan, image_processor, split=split)
+    assert not (tmp_path / "codes").exists()
+
+
+def test_a_split_that_was_not_encoded_is_refused_with_those_that_were(tmp_path: Path, vqgan, image_processor) -> None:
+    run(make_records(), tmp_path, vqgan, image_processor)
+    with pytest.raises(ValueError, match="no codes of the split 'validation', only of train.*--split validation"):
+        open_records(tmp_path, "validation", vqgan=vqgan)
+
+
+def test_the_embedded_image_tokenizer_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    vqgan, image_processor = encode.load_image_tokenizer("mars-emoji")
+    assert tokenizer_fingerprint(vqgan) == tokenizer_fingerprint(encode.load_image_tokenizer(DEFAULT_CHECKPOINT)[0])
+    assert image_processor.size == {"height": 64, "width": 64}
 
 
 def test_pictures_of_one_size_share_calls_of_at_most_a_batch(
@@ -185,6 +204,7 @@ def test_what_was_left_out_is_counted_by_reason_also_over_an_interruption(
     manifest = json.loads((tmp_path / "codes.json").read_text())
     assert manifest["splits"]["train"] == {
         "num_records": NUM, "complete": True, "shards": 6, "seen": NUM, "records": 6, "left_out": expected,
+        "long_captions": 0,
     }  # fmt: skip
     numbers = {"downsample_factor": 4, "codebook_size": 40}
     assert manifest["tokenizer"] == {"fingerprint": tokenizer_fingerprint(vqgan), **numbers}
@@ -225,6 +245,10 @@ def test_captions_that_are_too_long_are_cut_or_passed_over(tmp_path: Path, vqgan
     rows = run(make_records(None).select([2, 10, 4]), tmp_path, vqgan, image_processor, rules=rules)
     assert [row["caption_en"] for row in rows] == [expected] * 3
     assert [row["caption_zh"] for row in rows] == ["苹果2", "苹果10", "苹果4"]
+    again = encode_records(
+        make_records(None).select([2, 10, 4]), tmp_path, vqgan, image_processor, rules=rules, **SAME
+    )
+    assert again.num_long_captions == 3 and "3 had a caption that is too long" in str(again)
 
 
 def test_codes_of_another_tokenizer_are_refused_with_both_fingerprints(
@@ -245,6 +269,7 @@ def test_codes_of_another_tokenizer_are_refused_with_both_fingerprints(
         ({"size": {"height": 8, "width": 8}}, "another way .*'size'.*Choose another folder"),
         ({"shard_size": 5}, "another way .*'shard_size'"),
         ({"rules": RecordRules(min_size=18)}, "another way .*'rules'"),
+        ({"lowres_factor": 2}, r"another way .*'lowres_factor': \(None, 2\)"),
         ({"size": {"height": 10, "width": 8}, "split": "test"}, "`height` must be a multiple of 4, got 10"),
         ({"batch_size": 0}, "`batch_size` and `shard_size` must be at least 1, got 0 and 3"),
     ],
@@ -257,6 +282,12 @@ def test_a_run_is_not_continued_in_another_way(tmp_path: Path, vqgan, image_proc
     assert (tmp_path / "codes.json").read_text() == before
 
 
+def test_a_run_with_small_codes_is_not_continued_without(tmp_path: Path, vqgan, image_processor) -> None:
+    run(make_records(), tmp_path, vqgan, image_processor, lowres_factor=2)
+    with pytest.raises(ValueError, match=r"another way .*'lowres_factor': \(2, None\)"):
+        run(make_records(), tmp_path, vqgan, image_processor, split="test")
+
+
 def test_other_data_and_foreign_folders_are_refused(tmp_path: Path, vqgan, image_processor) -> None:
     run(make_records(), tmp_path / "codes", vqgan, image_processor)
     with pytest.raises(ValueError, match="codes of 11 train records, the data now have 4"):
@@ -265,6 +296,10 @@ def test_other_data_and_foreign_folders_are_refused(tmp_path: Path, vqgan, image
         run(open_records(tmp_path / "codes"), tmp_path / "twice", vqgan, image_processor)
     with pytest.raises(ValueError, match="not empty and holds no codes"):
         run(make_records(), tmp_path, vqgan, image_processor)
+    (tmp_path / "canvas" / "data").mkdir(parents=True)
+    (tmp_path / "canvas" / "data" / "train-00000-of-00001.parquet").write_bytes(b"others'")
+    with pytest.raises(ValueError, match="not empty and holds no codes"):
+        run(make_records(), tmp_path / "canvas", vqgan, image_processor)
     with pytest.raises(ValueError, match=r"nothing to encode: 11 of 11 .*11 picture too small"):
         run(make_records(None), tmp_path / "none", vqgan, image_processor, rules=RecordRules(min_size=99))
 

@@ -119,7 +119,7 @@ def test_a_lora_brings_drawings_nearer_to_the_pictures_of_a_folder(tmp_path: Pat
     for number, colour in enumerate(SQUARES):  # the word "test" must not make it another split
         square(colour).save(folder / (f"{number}.png" if has_metadata else f"{colour} test square.png"))
     if has_metadata:
-        lines = [{"file_name": f"{n}.png", "text": f"{colour} test square"} for n, colour in enumerate(SQUARES)]
+        lines = [{"file_name": f"{n}.png", "caption": f"{colour} test square"} for n, colour in enumerate(SQUARES)]
         (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
     script = str(ROOT / "examples" / "finetune_lora.py")

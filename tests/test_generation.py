@@ -207,6 +207,20 @@ def test_scores_are_those_of_the_whole_vocabulary(model):
     assert out.scores[0].argmax() == first
 
 
+@pytest.mark.parametrize("normalize_logits", [False, True])
+def test_transition_scores_are_those_of_the_codes_that_were_chosen(model, normalize_logits):
+    sizes = torch.tensor([[[16, 16]], [[8, 16]]])
+    keep = {"return_dict_in_generate": True, "output_scores": True, "image_sizes": sizes}
+    out = draw(model, prompt(model, rows=2), height=None, width=None, **keep)
+    found = model.compute_transition_scores(out.sequences, out.scores, normalize_logits=normalize_logits)
+    best = torch.stack(out.scores, 1)
+    best = (best.log_softmax(-1) if normalize_logits else best).max(-1).values
+    assert torch.equal(found[0], best[0]) and torch.equal(found[1, :8], best[1, :8])
+    assert (found[1, 8:] == 0).all()  # the smaller picture is complete
+    text = model.generate(prompt(model), max_new_tokens=3, do_sample=False, **{**keep, "image_sizes": None})
+    assert model.compute_transition_scores(text.sequences, text.scores).shape == (1, 3)
+
+
 def test_a_streamer_hears_every_token(model):
     class Listener:
         heard, ended = [], False
@@ -441,3 +455,5 @@ def test_pictures_of_blocks_or_cells_are_read_in_one_piece_or_not_at_all(make_mo
 def test_a_paged_cache_is_refused_for_text(model):
     with pytest.raises(ValueError, match="would write codes among words"):
         model.generate(prompt(model), cache_implementation="paged", max_new_tokens=3)
+    with pytest.raises(ValueError, match="would write codes among words"):
+        model.generate_batch(prompt(model).tolist(), max_new_tokens=3)

@@ -175,11 +175,18 @@ def test_a_chat_is_answered_with_a_document(endpoint, tiny_model, monkeypatch) -
 
 
 def test_a_document_has_a_limit_without_asking_for_one(endpoint, monkeypatch) -> None:
-    asked = {}
-    monkeypatch.setattr(endpoint, "pipeline", Recorded(endpoint.pipeline.model, asked))
-    for given, limit in (({}, 64), ({"max_new_tokens": 7}, 7)):  # half of a context of 128
+    text_config = endpoint.pipeline.model.config.text_config
+    for context, given, limit in ((128, {}, None), (9000, {}, 4096), (9000, {"max_new_tokens": 7}, 7)):
+        asked = {}
+        monkeypatch.setattr(endpoint, "pipeline", Recorded(endpoint.pipeline.model, asked))
+        monkeypatch.setattr(text_config, "max_position_embeddings", context)
         endpoint({"inputs": "a", "parameters": {"generation_mode": "interleaved", **given}})
-        assert asked["max_new_tokens"] == limit
+        assert asked.get("max_new_tokens") == limit  # a small context ends a document itself
+
+
+def test_a_document_goes_on_behind_a_prompt_of_more_than_half_the_context(endpoint) -> None:
+    request = {"inputs": "a" * 80, "parameters": {"generation_mode": "interleaved", "height": 16, "width": 16}}
+    assert endpoint(request)[0]["generated_interleaved"]
 
 
 class Recorded:

@@ -100,6 +100,7 @@ def checkpoint(tmp_path: Path) -> Path:
         "generation_config.json": {"guidance_scale": 2.0},
         "processor_config.json": {"image_processor": image_processor, "processor_class": "MarsProcessor"},
         "tokenizer_config.json": {"processor_class": "MarsProcessor"},
+        "tokenizer.json": {"model": {}},
         "trainer_state.json": {"global_step": 7},
     }
     for name, content in contents.items():
@@ -121,7 +122,8 @@ def test_an_export_holds_the_checkpoint_as_stored_the_code_and_the_maps(tmp_path
     out = hub.export_folder(checkpoint, tmp_path / "out" / "mars-tiny")
     carried = {"config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json"}
     assert {path.name for path in out.iterdir()} == {
-        *carried, *hub.HUB_FILES, "model.safetensors", "chat_template.jinja", "README.md", "requirements.txt"
+        *carried, *hub.HUB_FILES, "tokenizer.json", "model.safetensors", "chat_template.jinja", "README.md",
+        "requirements.txt",
     }  # fmt: skip
     assert (out / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
     for name in hub.HUB_FILES:
@@ -240,13 +242,55 @@ def test_a_card_of_the_source_is_kept(tmp_path: Path, checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "processor_config.json", "tokenizer_config.json", "model.safetensors"]
+    "name", ["config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors"]
 )
 def test_an_incomplete_source_is_refused_by_what_it_lacks(tmp_path: Path, checkpoint: Path, name: str) -> None:
     (checkpoint / name).unlink()
     with pytest.raises(ValueError, match=name.replace("model", r"\*") + " is missing"):
         hub.export_folder(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_source_without_one_of_its_shards_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").rename(checkpoint / "model-00001-of-00002.safetensors")
+    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ValueError, match="no complete MARS checkpoint: model-00002-of-00002.safetensors is missing"):
+        hub.export_folder(checkpoint, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kept", [-8, 100, 4])
+def test_weights_that_are_cut_off_or_a_pointer_to_them_are_refused(
+    tmp_path: Path, checkpoint: Path, kept: int
+) -> None:
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept] if kept != 4 else b"version https://git-lfs.github.com/spec/v1\noid")
+    with pytest.raises(ValueError, match="model.safetensors is damaged or no safetensors file.*Fetch it again"):
+        hub.export_folder(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_goes_through_a_link_and_not_to_where_it_cannot_be_put(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "mars")
+    hub.export_folder(checkpoint, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "mars" / "config.json").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="a mount point or the current folder"):
+        hub.export_folder(checkpoint, ".")
+    monkeypatch.setattr(hub.os.path, "ismount", lambda path: Path(path).name == "volume")
+    with pytest.raises(ValueError, match="a mount point or the current folder"):
+        hub.export_folder(checkpoint, tmp_path / "volume")
+
+
+def test_a_card_calls_frozen_only_what_is(tmp_path: Path, checkpoint: Path) -> None:
+    assert "| language model (frozen) |" in (hub.export_folder(checkpoint, tmp_path / "a") / "README.md").read_text()
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "use_visual_expert": False}))
+    assert "| language model |" in (hub.export_folder(checkpoint, tmp_path / "b") / "README.md").read_text()
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, checkpoint: Path) -> None:

@@ -199,3 +199,24 @@ def test_length_and_guidance_of_a_document_are_read_from_a_generation_config(mod
     expected = model.generate(ids, **call, **told)
     assert torch.equal(expected, model.generate(ids, **call, generation_config=GenerationConfig(**told)))
     assert expected.shape[1] <= ids.shape[1] + 30
+    longest = {"max_length": ids.shape[1] + 30, "guidance_scale": 3.0}
+    assert torch.equal(expected, model.generate(ids, **call, generation_config=GenerationConfig(**longest)))
+
+
+def test_processors_count_the_tokens_that_are_written(model):
+    ends = list(range(0, model.config.text_vocab_size, 2))
+    short = write(model, prompts(model), SIZES, max_new_tokens=60, eos_token_id=ends)
+    long = write(model, prompts(model), SIZES, max_new_tokens=60, eos_token_id=ends, min_new_tokens=40)
+    first_end = [next((n for n, token in enumerate(row) if token in ends), 60) for row in short.tolist()]
+    later_end = [next((n for n, token in enumerate(row) if token in ends), 60) for row in long.tolist()]
+    assert min(first_end) < 20 and min(later_end) >= 40
+
+    seen = []
+
+    class Counts(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.append(input_ids.shape[1])
+            return scores
+
+    write(model, prompts(model), SIZES, max_new_tokens=20, logits_processor=LogitsProcessorList([Counts()]))
+    assert seen[0] == 5 and seen == sorted(seen) and seen[-1] < 5 + 20  # of the longer prompt

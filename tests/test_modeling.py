@@ -292,6 +292,18 @@ def test_a_checkpoint_that_does_not_fit_is_refused(make_model, tmp_path, damage)
         MarsForConditionalGeneration.from_pretrained(tmp_path)
 
 
+def test_a_checkpoint_in_a_subfolder_has_its_own_generation_config(make_model, tmp_path):
+    for folder, scale in ((tmp_path, 2.0), (tmp_path / "checkpoint-9", 5.0)):
+        model = make_model()
+        model.generation_config.image_defaults = {"guidance_scale": scale}
+        model.save_pretrained(folder)
+    loaded = MarsForConditionalGeneration.from_pretrained(tmp_path, subfolder="checkpoint-9")
+    assert loaded.generation_config.image_defaults == {"guidance_scale": 5.0}
+    assert MarsForConditionalGeneration.from_pretrained(tmp_path).generation_config.image_defaults != {}
+    (tmp_path / "checkpoint-9" / "generation_config.json").unlink()
+    MarsForConditionalGeneration.from_pretrained(tmp_path, subfolder="checkpoint-9")
+
+
 def test_without_experts_the_shared_weights_train(make_model):
     model = make_model(use_visual_expert=False)
     assert not any("visual_mlp" in name for name, _ in model.named_parameters())

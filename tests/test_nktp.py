@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from mars_hf import MarsForConditionalGeneration
-from mars_hf.code_order_mars import PictureLayout, check_code_order, emission_order
+from mars_hf.code_order_mars import PictureLayout, check_code_order, emission_order, find_cells
 
 
 @pytest.fixture
@@ -258,6 +258,19 @@ def test_a_model_with_cells_captions_a_picture_as_whole_forwards_do(make_model):
     for place in range(ids.shape[1], written.shape[1]):
         logits = model(written[:, :place], image_sizes=sizes).logits[0, -1, : config.text_vocab_size]
         assert written[0, place] == logits.argmax()
+
+
+@pytest.mark.parametrize("order", ["raster", "region", "block2x2"])
+def test_a_row_without_a_picture_has_no_cells(make_model, order):
+    model = with_cells(make_model, code_order=order, codes_per_step=[4, 1])
+    config = model.config
+    start, end, offset = config.image_start_token_id, config.image_end_token_id, config.image_token_offset
+    ids = torch.tensor([[3] * 7, [3, start, offset, offset + 1, offset + 2, offset + 3, end]])
+    layout = PictureLayout.of(ids, offset, start)
+    cells = find_cells(config, ids, layout, [[], [(8, 8)]])
+    assert (cells[0] == -1).all() and (cells[1, 2:6] >= 0).any()
+    with pytest.raises(ValueError, match="9 codes a side, but the cell embeddings know 8"):
+        find_cells(config, ids, layout, [[], [(8, 36)]])
 
 
 def test_cells_start_as_nothing(make_text_model, make_vqgan):

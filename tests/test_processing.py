@@ -216,6 +216,24 @@ def test_an_empty_prompt_list_is_refused(processor):
             processor([], **kwargs)
     with pytest.raises(ValueError, match="at least one picture"):
         processor(images=[])
+    for kwargs in ({}, {"generation_mode": "interleaved", "height": 4, "width": 4}):
+        with pytest.raises(ValueError, match="Row 1 holds neither text nor a picture"):
+            processor(["a", ""], **kwargs)
+
+
+def test_no_pictures_are_as_none(processor):
+    plain, empty = (processor("a red apple", height=4, width=4, images=images) for images in (None, []))
+    assert plain.keys() == empty.keys() and all(torch.equal(plain[name], empty[name]) for name in plain)
+
+
+def test_rows_that_hold_their_pictures_are_read_at_a_size(processor):
+    inputs = processor([["What is this? ", _picture()]], height=8, width=4)
+    assert inputs["image_sizes"].tolist() == [[[8, 4]]] and inputs["pixel_values"].shape == (1, 3, 8, 4)
+
+
+def test_a_part_of_a_chat_that_is_neither_text_nor_picture_is_refused(processor):
+    with pytest.raises(Exception, match="A part must be of type text or image, got video"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}])
 
 
 def test_a_row_of_texts_and_pictures_is_a_list(processor):

@@ -16,7 +16,7 @@ from datasets import Dataset
 from PIL import Image
 from transformers import Qwen2Tokenizer
 
-from mars_hf import MarsConfig, MarsForConditionalGeneration, MarsProcessor
+from mars_hf import DEFAULT_CHECKPOINT, MarsConfig, MarsForConditionalGeneration, MarsProcessor
 from mars_hf.modeling_mars import is_visual_parameter
 from mars_hf.training import run, sources
 from mars_hf.training.recipe import RECIPES, STAGES, DataPart, ModelPart, Recipe
@@ -83,6 +83,7 @@ def test_the_papers_numbers_stand_in_its_recipes():
         (["training", "seed"], 1, "`training.seed` is set elsewhere"),
         (["training", "use_cpu"], True, "`training.use_cpu` is set elsewhere: .*CUDA_VISIBLE_DEVICES"),
         (["training", "label_smoothing_factor"], 0.1, "is set elsewhere: see `loss.label_spread`"),
+        (["training", "train_sampling_strategy"], "random", "is set elsewhere: rows are shuffled by the recipe's own"),
         (["data", 0, "encode"], {"side": 8}, "`data.encode.side` is no key"),
         (["data", 0, "encode"], {"size": [8, 8], "short_side": 8}, "`size: .height, width.` or `short_side`"),
         (["data", 0, "encode"], {"size": [8]}, "`data.encode.size` is a height and a width in pixels, got .8."),
@@ -154,6 +155,7 @@ ENLARGES = {"stage": "super-resolution", "data": [{**GOOD["data"][0], "task": "s
         ({"codes_per_step": [1, 3]}, {"codes_per_step": [1, 2]}, r"trains 3 codes a step, .*draws \[1, 2\]"),
         ({}, {"codes_per_step": [2, 4]}, "trains 1 codes a step"),
         ({**ENLARGES, **LOOKS}, {"super_resolution_factor": 2, "codes_per_step": [4, 16]}, "from text alone"),
+        (LOOKS, {}, "`evaluation.prompts` are to be drawn, but the model has no VQ-GAN"),
         ({**LOOKS, "evaluation": {"split": "test", "height": 18}}, {}, "`height` must be a multiple of 4, got 18"),
         ({**LOOKS, "evaluation": {"split": "test", "width": 0}}, {}, "`evaluation`: `width` must be a positive"),
     ],
@@ -232,9 +234,17 @@ def test_other_weights_than_the_base_has_are_refused(folder):
         train(recipe, folder / "run")
 
 
+def test_the_embedded_checkpoint_is_known_by_its_name_unless_a_folder_has_it(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    embedded = ModelPart(base="mars-emoji")
+    assert embedded.base_checkpoint == DEFAULT_CHECKPOINT and ModelPart(base="me/mars").base_checkpoint == "me/mars"
+    (folder / "base").rename(folder / "mars-emoji")
+    assert embedded.base_checkpoint == Path("mars-emoji") and ModelPart(text="a", vqgan="b").base_checkpoint is None
+
+
 def test_a_run_that_is_looked_at_is_the_same_run_with_losses_and_pictures(folder):
     plain = train(recipe_in(folder), folder / "plain")
-    training = {**GOOD["training"], "eval_strategy": "steps", "eval_steps": 2}
+    training = {**GOOD["training"], "eval_strategy": "steps", "eval_steps": 2, "dataloader_num_workers": 2}
     looks = {"split": "test", "num_batches": 2, "prompts": ["a", "b"], "width": 32, "height": 16}
     watched = train(recipe_in(folder, training=training, evaluation=looks), folder / "watched")
     mine, theirs = (MarsForConditionalGeneration.from_pretrained(at).state_dict() for at in (plain, watched))
@@ -352,7 +362,8 @@ def test_a_model_is_built_of_the_language_model_that_the_folder_holds(
     Qwen2Tokenizer(vocab={**plain, "<|endoftext|>": 256}, merges=[]).save_pretrained(tmp_path / "text")
     make_vqgan().save_pretrained(tmp_path / "vqgan")
     parts = {"text": str(tmp_path / "text"), "vqgan": str(tmp_path / "vqgan")}
-    model, _ = build_model(ModelPart(**parts))
+    model, processor = build_model(ModelPart(**parts))
+    assert processor.image_processor.image_mean == processor.image_processor.image_std == (0.5, 0.5, 0.5)
     assert model.config.text_config.model_type == family and model.generation_config.eos_token_id == [256]
     text.generation_config.eos_token_id = 9  # the end of a turn, as chats have it
     text.save_pretrained(tmp_path / "chat")
@@ -362,6 +373,13 @@ def test_a_model_is_built_of_the_language_model_that_the_folder_holds(
     words = torch.arange(40, 50)[None]
     with torch.no_grad():
         assert torch.allclose(model(words).logits[..., :264], text(words).logits, atol=1e-5)
+
+    looks_up = make_vqgan()
+    looks_up.register_to_config(lookup_from_codebook=True)
+    looks_up.save_pretrained(tmp_path / "looks-up")
+    _, unit = build_model(ModelPart(**{**parts, "vqgan": str(tmp_path / "looks-up")}))
+    assert (unit.image_processor.image_mean, unit.image_processor.image_std) == ((0.0,) * 3, (1.0,) * 3)
+    assert unit.image_processor.size == processor.image_processor.size
 
     rounded, _ = build_model(ModelPart(**parts, frozen_dtype="bfloat16"))
     frozen = {name: weight for name, weight in rounded.named_parameters() if not weight.requires_grad}

@@ -8,13 +8,14 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
+from mars_hf import MarsProcessor
 from mars_hf.data import records
 from mars_hf.data.encode import encode_records as encode
 from mars_hf.training import sources
 from mars_hf.training.mixture import MixtureDataset, MixtureStream, Source
 from mars_hf.training.recipe import Recipe
 from mars_hf.training.run import make_trainer
-from mars_hf.training.sources import build_sources
+from mars_hf.training.sources import build_sources, rows_of_an_epoch
 
 
 def pair(number=0, height=16, width=16, **changes):
@@ -91,6 +92,23 @@ def test_more_than_a_share_of_such_records_ends_the_run_before_it_begins(recipe_
         make_trainer(recipe_of(long, packing=64), tmp_path / "run")
 
 
+def test_every_form_of_a_caption_has_to_fit(recipe_of, tmp_path):
+    captions = {"form": "emoji", "named_style": 1.0, "phrase": 1.0}
+    label = pair(caption_en="a" * 12)  # "a picture of an aaaaaaaaaaaa, noto style 16x16" does not
+    recipe = recipe_of([label], packing=64, captions=captions)
+    (source,) = make_trainer(recipe, tmp_path / "run")[0].train_dataset.rows.sources
+    assert source.bad_records.reasons == {"row too long": 1}
+
+
+def test_an_epoch_is_as_long_in_any_order_of_the_sources(recipe_of, tiny_model, tiny_processor):
+    recipe = recipe_of([pair(score=9.0)] * 3 + [pair(score=1.0)] * 5, good=0)
+    recipe.data += [type(recipe.data[0])(recipe.data[0].source, "captioning", min_score=5.0)]
+    recipe.data += [type(recipe.data[0])(recipe.data[0].source, "captioning")]
+    for order in (1, -1):
+        recipe.data = recipe.data[::order]
+        assert rows_of_an_epoch(build_sources(recipe, tiny_model, tiny_processor)) == 8 + 3
+
+
 def test_a_row_as_long_as_a_pack_is_kept(recipe_of, tmp_path):
     # 16 codes, `<img>`, `</img>`, the end, and " 16x16" leave 39 bytes of 64 to a caption.
     fits, too_long = pair(caption_en="a" * 39, caption_zh=None), pair(caption_en="a" * 40, caption_zh=None)
@@ -98,11 +116,6 @@ def test_a_row_as_long_as_a_pack_is_kept(recipe_of, tmp_path):
     assert len(trainer.train_dataset.rows.sources[0].records) == 201
     for pack in zip(range(99), trainer.train_dataset, strict=False):
         assert pack
-
-
-def image_pixels(picture):
-    pixels = torch.tensor(list(picture.getdata()), dtype=torch.float32).view(picture.height, picture.width, 3)
-    return pixels.permute(2, 0, 1)[None] / 127.5 - 1
 
 
 def test_pictures_are_encoded_once_before_the_first_step(recipe_of, tmp_path, monkeypatch):
@@ -113,18 +126,40 @@ def test_pictures_are_encoded_once_before_the_first_step(recipe_of, tmp_path, mo
         picture.save(folder / f"{number}.png")
     lines = [json.dumps({"file_name": f"{number}.png", "text": f"kite {number}"}) for number in range(12)]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
-    recipe = recipe_of(encode={"short_side": 16})
+    recipe = recipe_of(encode={"short_side": 8}, min_size=16, max_aspect_ratio=1.5)  # of the pictures as they come
     recipe.data[0].source, recipe.data[0].columns = str(folder), {"text": "caption_en"}
     calls = []
-    monkeypatch.setattr(sources, "encode_records", lambda *args, **options: calls.append(encode(*args, **options)))
+
+    def counted(*args, **options):
+        calls.append(encode(*args, **options))
+        return calls[-1]
+
+    monkeypatch.setattr(sources, "encode_records", counted)
     for _ in range(2):
         trainer, _ = make_trainer(recipe, tmp_path / "run")
     found = trainer.train_dataset.sources[0].records
-    assert {(row["height"], row["width"], len(row["image_codes"])) for row in found} == {(16, 24, 24)}
+    assert {(row["height"], row["width"], len(row["image_codes"])) for row in found} == {(8, 12, 6)}
     assert len(list((tmp_path / "run").glob("codes-*/data/*.parquet"))) == 1 and calls[0].num_seen == 12
-    own = trainer.model.encode_image(image_pixels(pictures[3]))[0].flatten().tolist()
+    to_pixels = MarsProcessor.from_pretrained(tmp_path / "base").image_processor
+    pixels = to_pixels(pictures[3], size={"shortest_edge": 8}, return_tensors="pt")["pixel_values"]
+    own = trainer.model.encode_image(pixels)[0].flatten().tolist()
     assert found["image_codes"][3] == own and found["caption_en"][3] == "kite 3"
     trainer.train()
+
+
+def test_what_a_run_does_not_encode_is_told_and_tasks_may_have_rules_of_their_own(recipe_of, tmp_path, monkeypatch):
+    rows = [{"image": Image.new("RGB", (side, side), "red"), "caption_en": "red kite"} for side in (16, 16, 8)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "pictures.parquet")
+    recipe = recipe_of(encode={"size": [16, 16]}, min_size=12, max_caption_length=3)
+    recipe.data[0].source = str(tmp_path / "pictures.parquet")
+    recipe.data += [type(recipe.data[0])(recipe.data[0].source, "captioning", encode={"size": [16, 16]})]
+    told: list[str] = []
+    monkeypatch.setattr(sources.logger, "warning", told.append)
+    drawn, captioned = make_trainer(recipe, tmp_path / "run")[0].train_dataset.sources
+    assert [line.partition(": ")[2] for line in told] == [
+        "1 of 3 records were left out (1 picture too small), 3 had a caption that is too long."
+    ]
+    assert drawn.records["caption_en"] == ["red"] * 2 and captioned.records["caption_en"] == ["red kite"] * 3
 
 
 def test_small_codes_come_along_where_super_resolution_trains(recipe_of, tmp_path):

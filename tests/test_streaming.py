@@ -83,6 +83,24 @@ def test_an_iterator_ends_when_the_drawing_is_refused_in_its_middle(model, monke
     assert list(streamer) == []
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"generation_mode": "text", "height": None, "width": None}, "shows pictures, but this call writes text"),
+        ({"height": 17}, "multiple of 4, got 17"),
+        ({"generation_mode": "picture"}, "`generation_mode` must be one of"),
+        ({"num_beams": 2}, "beam"),
+    ],
+)
+def test_an_iterator_ends_when_a_call_is_refused(model, wrong, message):
+    streamer = ImageIteratorStreamer(model.vqgan, timeout=60)
+    with pytest.raises(ValueError, match=message):
+        draw(model, streamer, **wrong)
+    assert list(streamer) == []
+    draw(model, streamer)
+    assert len(list(streamer)) == 3  # one end, not two: it can be used again
+
+
 def test_a_streamer_on_a_beam_search_is_refused(model):
     with pytest.raises(ValueError, match="beam"):
         draw(model, ImageStreamer(model.vqgan, None), num_beams=2)

@@ -631,10 +631,15 @@ def test_a_packed_stream_holds_the_rows_of_the_stream(make_tiny, tiny_processor)
     assert packed == sorted(tuple(row["input_ids"]) for row in data) and len(packs) < 10
 
 
-def test_a_stream_is_not_weighed_and_not_read_by_two_workers(tiny_processor):
+def test_a_stream_is_not_weighed():
     with pytest.raises(ValueError, match="cannot be weighed"):
         Source("captioning", 1.0, as_stream(records()), caption, weights=torch.ones(8))
-    data = MixtureStream(tiny_processor, [Source("captioning", 1.0, as_stream(records()), caption)], 2, 2)
+
+
+def test_rows_in_a_row_are_read_by_one_of_two_workers_and_a_stream_is_refused_to_both(tiny_processor):
+    data = MixtureStream(tiny_processor, [Source("captioning", 1.0, records(), caption)], 2, 4)
     loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=2)
+    assert [row["input_ids"] for row in loader] == [row["input_ids"] for row in data]
+    data = MixtureStream(tiny_processor, [Source("captioning", 1.0, as_stream(records()), caption)], 2, 2)
     with pytest.raises(ValueError, match="read by one worker, got 2"):
-        list(loader)
+        list(torch.utils.data.DataLoader(data, batch_size=None, num_workers=2))

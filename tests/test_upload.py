@@ -3,9 +3,11 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx2
 import pytest
 from huggingface_hub import HfApi, RepoUrl
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import filter_repo_objects
 from typer.testing import CliRunner
 
 from mars_hf import cli, hub, upload
@@ -20,6 +22,7 @@ class FakeHub:
         self.token, self.breaks, self.refuses = token, breaks, refuses
         self.repositories: dict[str, bool] = {}
         self.uploads: list[dict] = []
+        self.files: set[str] = set()
 
     def whoami(self) -> dict:
         if self.refuses:
@@ -32,11 +35,15 @@ class FakeHub:
         self.repositories.setdefault(repo_id, private)
         return RepoUrl(f"https://huggingface.co/{repo_id}")
 
-    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str, ignore_patterns: list) -> None:
+    def upload_folder(
+        self, *, repo_id: str, folder_path: Path, commit_message: str, ignore_patterns: list, delete_patterns: list
+    ) -> None:
         if self.breaks:
             self.breaks -= 1
-            raise OSError("the line is broken")
+            raise httpx2.ConnectError("the line is broken")
         self.uploads.append({"repo_id": repo_id, "folder": Path(folder_path), "message": commit_message})
+        new = {path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*") if path.is_file()}
+        self.files = new | (self.files - set(filter_repo_objects(self.files, allow_patterns=delete_patterns)))
 
 
 @pytest.fixture
@@ -54,6 +61,20 @@ def test_an_upload_makes_a_private_repository_and_brings_the_folder(folder: Path
     assert upload.upload_folder(folder, "mars", private=False, api=api) == "https://huggingface.co/ada/mars"
     assert api.repositories == {"engine/mars": True, "ada/mars": False}
     assert [(one["repo_id"], one["folder"]) for one in api.uploads] == [("engine/mars", folder), ("ada/mars", folder)]
+
+
+def test_weights_of_an_earlier_upload_do_not_stay_beside_new_ones(folder: Path) -> None:
+    api, more = FakeHub(), ("model.safetensors", "super_resolution/model.safetensors", "super_resolution/config.json")
+    for name in more:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("weights")
+    upload.upload_folder(folder, "mars", api=api)
+    assert api.files == {*FILES, *more}
+    for name in more:
+        (folder / name).unlink()
+    (folder / "model-00001-of-00001.safetensors").write_text("weights")
+    upload.upload_folder(folder, "mars", api=api)
+    assert api.files == {*FILES, "model-00001-of-00001.safetensors"}
 
 
 def test_the_list_is_what_the_library_would_upload(folder: Path) -> None:
@@ -113,7 +134,8 @@ def test_a_broken_upload_goes_on_with_the_folder_that_is_there(tmp_path: Path, e
     monkeypatch.setattr(upload, "_hub", lambda: api)
     out = tmp_path / "out"
     code, said = call(out, "--push", "ada/mars")
-    assert code == 1 and "mars-hf: the line is broken" in said and exports == [out]
+    assert code == 1 and "cannot be reached (the line is broken). Called again, an upload continues" in said
+    assert exports == [out]
     code, said = call(out, "--push", "ada/mars")
     assert code == 0 and "https://huggingface.co/ada/mars" in said
     assert exports == [out] and [one["folder"] for one in api.uploads] == [out]

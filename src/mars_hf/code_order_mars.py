@@ -275,9 +275,18 @@ def find_cells(
         input_ids (`torch.LongTensor` of shape `(batch, seq)`): Rows in emission order.
         layout ([`PictureLayout`]): Of these rows.
         image_sizes (`list[list[tuple[int, int]]]`): Heights and widths in pixels of the pictures of each row.
+
+    Raises:
+        ValueError: If a picture is larger than the cell embeddings know.
     """
     factor = config.downsample_factor
-    grids = [[(height // factor, width // factor) for height, width in row] or [(1, 1)] for row in image_sizes]
+    grids = [[(height // factor, width // factor) for height, width in row] for row in image_sizes]
+    if (side := max((max(grid) for row in grids for grid in row), default=0)) > config.max_grid_size:
+        raise ValueError(
+            f"A picture has {side} codes a side, but the cell embeddings know {config.max_grid_size} "
+            "(`config.max_grid_size`). Give a smaller picture, or train a model with more."
+        )
+    grids = [row or [(2, 2)] for row in grids]  # any that each order has: nothing of it is looked up
     # Every picture has its own K, read off its run of `<img>`.
     steps = [k[place == 0].tolist() or [1] for k, place in zip(layout.codes_per_step, layout.place, strict=True)]
     table = cell_table(grids, steps, config.code_order).to(input_ids.device)

@@ -16,8 +16,9 @@ from PIL import Image
 from .picture_files import png_bytes, replace_file
 
 SUFFIXES = (".md", ".html")
-# Characters that begin something in Markdown. A backslash before them is allowed anywhere.
-_MARKDOWN = re.compile(r"([\\`*_\[\]#~|])")
+# Characters that begin something in Markdown, anywhere or in a line: lists, rules, underlined headings.
+_MARKDOWN = re.compile(r"([\\`*_\[\]#~|]|^[-+=])")
+_NUMBERED = re.compile(r"^(\d+)([.)])")
 _PAGE = """<!doctype html>
 <html>
 <head>
@@ -114,7 +115,7 @@ def as_markdown(segments: Sequence[str | Image.Image], names: Sequence[str]) -> 
             blocks.append(f"![]({quote(next(remaining))})")
             continue
         for line in _lines(segment):
-            text = _MARKDOWN.sub(r"\\\1", html.escape(line, quote=False))
+            text = _NUMBERED.sub(r"\1\\\2", _MARKDOWN.sub(r"\\\1", html.escape(line, quote=False)))
             blocks.append(text if blocks else f"# {text}")
     return "\n\n".join(blocks) + "\n"
 

@@ -397,10 +397,14 @@ class Document:
         place = self.number.clamp_max(per_picture.shape[1] - 1)
         return per_picture[torch.arange(len(place), device=place.device), place]
 
-    def compacted(self, prompt: torch.Tensor, pad_token_id: int) -> torch.Tensor:
-        """Give prompts `(batch, seq)` and what follows, padded on the left, for processors and criteria."""
-        rows = torch.cat([prompt, self.tokens], dim=1)
-        index = torch.arange(rows.shape[1], device=rows.device) - (self.limit - self.length)[:, None]
+    def compacted(self, prompt: torch.Tensor, pad_token_id: int, is_counted: bool = True) -> torch.Tensor:
+        """
+        Give prompts `(batch, seq)` and what follows, padded on the left, for processors and criteria: as many columns
+        as the longest row has, for which the device is waited for, or else as many as it may get.
+        """
+        width = int(self.length.max()) if is_counted else self.limit
+        rows = torch.cat([prompt, self.tokens[:, :width]], dim=1)
+        index = torch.arange(rows.shape[1], device=rows.device) - (width - self.length)[:, None]
         return rows.gather(1, index.clamp_min(0)).masked_fill(index < 0, pad_token_id)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from transformers.generation import (
+    EosTokenCriteria,
     EpsilonLogitsWarper,
     EtaLogitsWarper,
     GenerationConfig,
@@ -50,6 +51,7 @@ from .streaming_mars import ImageStreamer
 
 logger = logging.get_logger(__name__)
 
+PAGED = "A paged cache (continuous batching) would write codes among words. Use `generate` with another cache."
 GENERATION_MODES = ("text", "image", "interleaved")
 CACHE_LENGTH_MULTIPLE = 128  # of static caches
 IMAGE_SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "guidance_scale")
@@ -195,6 +197,18 @@ class MarsGenerationMixin(GenerationMixin):
             RuntimeError: If scores are NaN, with their row and step. Infinite scores are defined, see [`pick_codes`]:
                 no logits lead out of the codebook.
         """
+        streamer, mode = kwargs.get("streamer"), None
+        try:
+            mode, input_ids, kwargs = self._prepare_call(inputs, generation_config, kwargs)
+            return super().generate(input_ids, generation_config, generation_mode=mode, **kwargs)
+        finally:
+            if streamer is not None and mode != "text":  # the library ends it when a text is written
+                streamer.end()  # also when a call is refused or fails: whoever iterates must not wait for ever
+
+    def _prepare_call(
+        self, inputs: torch.Tensor | None, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> tuple[str, torch.Tensor | None, dict[str, Any]]:
+        """Check a call before any work; give its mode, the prompt with the codes of its pictures, and arguments."""
         configs = (generation_config, self.generation_config)
         mode = kwargs.pop("generation_mode", None)
         mode = mode or next((m for c in configs if (m := getattr(c, "generation_mode", None))), "text")
@@ -217,7 +231,7 @@ class MarsGenerationMixin(GenerationMixin):
             kwargs = self._prepare_document(input_ids, generation_config, kwargs)
         else:
             kwargs = self._prepare_writing(input_ids, generation_config, kwargs)
-        return super().generate(input_ids, generation_config, generation_mode=mode, **kwargs)
+        return mode, input_ids, kwargs
 
     def _prompt_with_codes(self, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Check the prompt's ids and put the codes of its pictures in: once and first, so that they are returned."""
@@ -235,6 +249,31 @@ class MarsGenerationMixin(GenerationMixin):
             )
         return input_ids
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any):
+        """Refuse: continuous batching picks words of the whole vocabulary."""
+        raise ValueError(PAGED)
+
+    def compute_transition_scores(self, sequences, scores, beam_indices=None, normalize_logits=False):
+        """
+        As in transformers; of image mode for each code of a row, and 0 where a row has none.
+
+        Args:
+            sequences (`torch.LongTensor` of shape `(batch, seq)`): From `generate`.
+            scores (`tuple` of `torch.FloatTensor`): From `generate`.
+            beam_indices (`torch.LongTensor`, *optional*): Of text.
+            normalize_logits (`bool`, defaults to `False`): Give log-probabilities.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, len(scores))`.
+        """
+        if scores[0].shape[-1] != self.config.vocab_size:
+            return super().compute_transition_scores(sequences, scores, beam_indices, normalize_logits)
+        stacked = torch.stack(scores, dim=1)
+        stacked = stacked.log_softmax(-1) if normalize_logits else stacked
+        ids = sequences[:, -len(scores) - 1 : -1]  # behind them `</img>`, which is not chosen
+        is_code = (ids >= self.config.image_token_offset) & (ids < self.config.image_start_token_id)
+        return stacked.gather(-1, ids[..., None]).squeeze(-1).masked_fill(~is_code, 0.0)
+
     def _prepare_writing(
         self, input_ids: torch.Tensor | None, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
@@ -242,10 +281,15 @@ class MarsGenerationMixin(GenerationMixin):
         for name in ("generator", "guidance_scale", "jacobi_window"):
             if kwargs.get(name) is not None:
                 raise ValueError(f'`{name}` belongs to `generation_mode="image"`, but this call writes text.')
+        if isinstance(kwargs.get("streamer"), ImageStreamer):
+            raise ValueError(
+                "An `ImageStreamer` shows pictures, but this call writes text: set `generation_mode`, or take another "
+                "streamer."
+            )
         config, sizes = self.config, kwargs.get("image_sizes")
         setting = self._setting_reader(generation_config, kwargs)
         if setting("cache_implementation") == "paged":
-            raise ValueError("A paged cache (continuous batching) would write codes among words. Take another cache.")
+            raise ValueError(PAGED)
         is_read = input_ids is not None and bool((input_ids >= config.image_token_offset).any())
         if is_read and (max(config.trained_codes_per_step) > 1 or config.cell_embedding):
             self._require_one_prefill(setting)
@@ -392,7 +436,9 @@ class MarsGenerationMixin(GenerationMixin):
         k = self._check_steps(setting("codes_per_step"), setting("code_order"), every)
         room = config.text_config.max_position_embeddings - input_ids.shape[1]
         asked = self._asked_length(input_ids, kwargs)
-        asked = setting("max_new_tokens") if asked is None else asked
+        if asked is None:
+            lengths = {name: setting(name) for name in ("max_new_tokens", "max_length")}
+            asked = self._asked_length(input_ids, lengths)
         if room < 1 or (asked is not None and not 1 <= asked <= room):
             raise ValueError(
                 f"The prompt has {input_ids.shape[1]} tokens and {asked} new ones are asked for, but the context of "
@@ -621,14 +667,10 @@ class MarsGenerationMixin(GenerationMixin):
                 **model_kwargs,
             )
         shared = (generation_config, synced_gpus, streamer)
-        try:
-            if generation_config.generation_mode == "image":
-                draw = self._draw_speculatively if generation_config.jacobi_window else self._draw
-                return draw(input_ids, logits_processor, *shared, **model_kwargs)
-            return self._interleave(input_ids, logits_processor, stopping_criteria, *shared, **model_kwargs)
-        finally:
-            if streamer is not None:
-                streamer.end()  # also when a callback raises: whoever iterates must not wait for ever
+        if generation_config.generation_mode == "image":
+            draw = self._draw_speculatively if generation_config.jacobi_window else self._draw
+            return draw(input_ids, logits_processor, *shared, **model_kwargs)
+        return self._interleave(input_ids, logits_processor, stopping_criteria, *shared, **model_kwargs)
 
     def _draw(
         self,
@@ -792,7 +834,10 @@ class MarsGenerationMixin(GenerationMixin):
             input_ids, scale, k, past_key_values, image_sizes, **model_kwargs
         )
         criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria))
-        written, faults = document.compacted(input_ids, pad), Faults(input_ids)
+        # Who may count tokens sees no more than there are; that takes another wait for the device.
+        blind = (*VOCABULARY_BLIND, EosTokenCriteria)
+        counts_tokens = not all(isinstance(one, blind) for one in (*logits_processor, *criteria))
+        written, faults = document.compacted(input_ids, pad, counts_tokens), Faults(input_ids)
         if isinstance(streamer, ImageStreamer):
             streamer.begin([self._grids_of(row) for row in image_sizes.tolist()], number.tolist(), k, config)
         call = self._step_call(generation_config, past_key_values=past_key_values, use_cache=True)
@@ -808,7 +853,7 @@ class MarsGenerationMixin(GenerationMixin):
             codes = pick_codes(scores, generation_config.image_settings["do_sample"], generation_config.generator)
             document.append(token, codes + config.image_token_offset)
             faults.present += 1
-            written = document.compacted(input_ids, pad)
+            written = document.compacted(input_ids, pad, counts_tokens)
             document.stop(criteria(written, None))
             self._stream_new(streamer, document, pad)
             if getattr(streamer, "cancelled", False):

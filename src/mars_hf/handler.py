@@ -330,9 +330,10 @@ class EndpointHandler:
         """
         try:
             asked, arguments = read_request(data)
-            if arguments["generation_mode"] == "interleaved":  # which else goes on to the end of the context
+            if arguments["generation_mode"] == "interleaved":
                 context = self.pipeline.model.config.text_config.max_position_embeddings
-                arguments.setdefault("max_new_tokens", min(MAX_NEW_TOKENS, context // 2))
+                if context > 2 * MAX_NEW_TOKENS:
+                    arguments.setdefault("max_new_tokens", MAX_NEW_TOKENS)  # instead of the rest of the context
             with self.lock:  # the pixels of one request at a time, too
                 if "images" in asked or not isinstance(asked["text"], str):
                     decode_pictures(asked)

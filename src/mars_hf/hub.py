@@ -12,7 +12,6 @@ import json
 import math
 import os
 import shutil
-import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,7 +77,8 @@ GALLERY = "gallery"  # folder of the pictures that the card shows
 # What a checkpoint folder holds for its reader. Code is written anew, and what only training needs stays behind.
 _CARRIED_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt")
 _LEFT_BEHIND = ("trainer_state.json",)
-_NEEDED = ("config.json", "processor_config.json", "tokenizer_config.json")
+_NEEDED = ("config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json")
+_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -328,15 +328,16 @@ def store_against_base(folder: str | Path, base: str | Path) -> Path:
     missing = sorted(shared.keys() - own.keys())
     if missing:
         raise ValueError(f"{base} holds tensors that {folder} does not have: {', '.join(missing)}.")
-    digest = _digest(base)
-    scratch = folder / "model.safetensors.part"
+    single, scratch = folder / "model.safetensors", folder / "model.safetensors.part"
     save_file(kept, scratch, metadata={"format": "pt"})
-    for file in files:
-        file.unlink()
-    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-    os.replace(scratch, folder / "model.safetensors")
     path = Path(os.path.relpath(base, folder)).as_posix()
-    _edit_json(folder / "config.json", base_checkpoint={"path": path, "sha256": digest})
+    # In this order the folder gives the same tensors at each moment: its own go before those of the base.
+    _edit_json(folder / "config.json", base_checkpoint={"path": path, "sha256": _digest(base)})
+    os.replace(scratch, single)
+    (folder / _INDEX).unlink(missing_ok=True)
+    for file in files:
+        if file.name != single.name:
+            file.unlink()
     return folder
 
 
@@ -386,7 +387,7 @@ def _store_weights_as(folder: Path, dtype: str) -> None:
         weights = {name: w.to(target) if w.is_floating_point() else w for name, w in load_file(path).items()}
         save_file(weights, path, metadata={"format": "pt"})
         stored += sum(w.nbytes for w in weights.values())
-    index = folder / "model.safetensors.index.json"
+    index = folder / _INDEX
     if index.is_file():
         _edit_json(index, metadata={**_read_json(index)["metadata"], "total_size": stored})
 
@@ -409,14 +410,14 @@ def _separate_frozen(folder: Path) -> None:
         weight_map |= dict.fromkeys(part, file)
     metadata = {"total_size": sum(weight.nbytes for weight in weights.values())}
     index = {"metadata": metadata, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    (folder / _INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
 
 @contextmanager
 def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """Give a scratch folder that takes the place of `out` in one step if its block ends well."""
     _require_free(out, overwrite)
-    out = out.absolute()
+    out = out.resolve()  # a link stays one
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         folder = Path(scratch) / out.name
@@ -430,6 +431,10 @@ def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
 def _require_free(out: Path, overwrite: bool) -> None:
     if out.is_file():
         raise ValueError(f"{out} is a file, but a folder is to be written there. Choose another name.")
+    if os.path.ismount(out) or out.resolve() == Path.cwd():
+        raise ValueError(
+            f"{out} is a mount point or the current folder, which cannot be replaced in one step. Name a folder in it."
+        )
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not overwrite:
@@ -452,11 +457,27 @@ def require_checkpoint(source: Path) -> None:
     missing = [name for name in _NEEDED if not (source / name).is_file()]
     if not any(source.glob("*.safetensors")):
         missing.append("*.safetensors")
+    if (source / _INDEX).is_file() and not (source / "model.safetensors").is_file():
+        named = set(_read_json(source / _INDEX)["weight_map"].values())
+        missing += sorted(name for name in named if not (source / name).is_file())
     if missing:
         raise ValueError(f"{source} holds no complete MARS checkpoint: {', '.join(missing)} is missing.")
     model_type = _read_json(source / "config.json").get("model_type")
     if model_type != "mars":
         raise ValueError(f"{source} holds a checkpoint of type '{model_type}', expected 'mars'.")
+    for path in source.glob("*.safetensors"):
+        _stored_shapes(path)
+
+
+def _stored_shapes(path: Path) -> dict[str, list[int]]:
+    """Read the shapes in a safetensors file, without torch, and refuse one that is damaged or cut off."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as opened:
+            return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 it is no dict
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}). Fetch it again.") from None
 
 
 def _complete(folder: Path, facts: CardFacts, gallery: int = 0, results: dict[str, Any] | None = None) -> None:
@@ -524,8 +545,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _edit_json(path: Path, **changes: Any) -> None:
-    content = {**_read_json(path), **changes}
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    content, scratch = {**_read_json(path), **changes}, path.with_suffix(".part")
+    scratch.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
 
 
 def count_parameters(folder: Path) -> dict[str, int]:
@@ -538,14 +560,10 @@ def count_parameters(folder: Path) -> dict[str, int]:
     """
     counts = {"text": 0, "visual": 0, "vqgan": 0}
     for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        for name, tensor in header.items():
+        for name, shape in _stored_shapes(path).items():
             is_visual = "visual_" in name or name.startswith("vision_head")
             part = "vqgan" if name.startswith("vqgan.") else "visual" if is_visual else "text"
-            counts[part] += math.prod(tensor["shape"])
+            counts[part] += math.prod(shape)
     return counts
 
 
@@ -566,6 +584,7 @@ def model_card(folder: Path, facts: CardFacts, results: dict[str, Any] | None = 
     factor, counts = config["downsample_factor"], count_parameters(folder)
     limits = "\n".join(f"- {limit}" for limit in facts.limits)
     usage = _usage if config.get("super_resolution_factor") is None else _usage_of_enlarger
+    frozen = " (frozen)" if config.get("use_visual_expert", True) else ""
     enlarger, enlarging = folder / ENLARGER, ""
     if enlarger.is_dir():
         enlarging = f"\n| the same of the model of super-resolution | {count_parameters(enlarger)['visual']:,} |"
@@ -597,7 +616,7 @@ From the folder that holds `{folder.name}`, or with its name on the Hub as `mode
 
 | part | parameters |
 |---|---|
-| language model (frozen) | {counts["text"]:,} |
+| language model{frozen} | {counts["text"]:,} |
 | visual experts, embedding and head | {counts["visual"]:,} |{enlarging}
 | VQ-GAN ({config["codebook_size"]:,} codes, one for {factor} x {factor} pixels) | {counts["vqgan"]:,} |
 {"" if results is None else _results_section(results)}

@@ -9,6 +9,7 @@ pictures into pixels is the processor's.
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -31,7 +32,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
     eager_attention_forward,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import GENERATION_CONFIG_NAME, TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -348,7 +349,9 @@ class MarsPreTrainedModel(PreTrainedModel):
         if name is None or kwargs.get("state_dict") is not None:
             return name, kwargs
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
-        base = base_of(name, **hub)
+        base, subfolder = base_of(name, **hub), hub.get("subfolder")
+        if base is None and subfolder and (Path(name) / subfolder / GENERATION_CONFIG_NAME).is_file():
+            return name, {"generation_config": stored_generation_config(name, **hub), **kwargs}
         if base is None:
             return name, kwargs
         rest = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS}

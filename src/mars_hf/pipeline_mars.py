@@ -449,7 +449,8 @@ class MarsAnyToAnyPipeline(_MarsBasePipeline):
         requests = model_inputs["requests"]
         requests = requests if isinstance(requests, list) else [requests]
         decoding = {name: arguments.pop(name) for name in _DECODING_ARGUMENTS if name in arguments}
-        k = arguments.get("codes_per_step") or self.model.config.trained_codes_per_step[0]
+        k = arguments.get("codes_per_step")
+        k = self.model.config.trained_codes_per_step[0] if k is None else k
         inputs = self._process(requests, generation_mode, k, arguments)
         inputs = self._ensure_tensor_on_device(dict(inputs), self.device)
         sequences = self._generate(inputs, generation_mode, seed, arguments)

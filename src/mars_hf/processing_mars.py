@@ -275,6 +275,8 @@ class MarsProcessor(ProcessorMixin):
                 raise ValueError(f"MARS takes text and pictures, got `{modality}`.")
         options = self._options(**kwargs)
         k = _check_codes_per_step(codes_per_step)
+        if text is not None and isinstance(images, (list, tuple)) and not _flat(images):
+            images = None  # as from a batch in which no row has one
         trains = task is not None or return_labels
         if generation_mode is not None and (generation_mode != "interleaved" or trains):
             raise ValueError(
@@ -287,7 +289,8 @@ class MarsProcessor(ProcessorMixin):
         has_lowres = not (lowres_images is None and lowres_codes is None)
         if has_lowres and (images is not None or generation_mode is not None):
             raise ValueError("`lowres_images` and `lowres_codes` are for drawing: leave `images` and the mode out.")
-        if generation_mode is None and images is None and (has_size or has_lowres):
+        holds_pictures = images is not None or _holds_rows(text)
+        if generation_mode is None and not holds_pictures and (has_size or has_lowres):
             captions = _list_of_prompts(text)
             if has_lowres and not has_size:
                 image_sizes = self._sizes_from_lowres(len(captions), lowres_codes)
@@ -543,6 +546,8 @@ class MarsProcessor(ProcessorMixin):
         counts = [sum(isinstance(piece, Picture) for piece in row) for row in rows]
         remaining = iter(picture_ids)
         filled = [self._fill_row(row, remaining, codes_per_step) for row in rows]
+        if not all(filled):
+            raise ValueError(f"Row {filled.index([])} holds neither text nor a picture: give each at least one.")
         for row, room in zip(filled, to_be_drawn or [0] * len(rows), strict=True):
             self._refuse_too_long(len(row), options, room)
         data = self._pad(filled, options)
@@ -1064,6 +1069,10 @@ def _per_row(name: str, value: Any, count: int) -> list[Any]:
     if len(value) != count:
         raise ValueError(f"`{name}` holds {len(value)} values, but there are {count} rows.")
     return list(value)
+
+
+def _holds_rows(text: Any) -> bool:
+    return isinstance(text, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in text)
 
 
 def _flat(images: Any) -> list[Any]:

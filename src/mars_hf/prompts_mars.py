@@ -24,6 +24,9 @@ CHAT_TEMPLATE = """\
         {{- message.content }}
     {%- else %}
         {%- for part in message.content %}
+            {%- if part.type not in ['text', 'image'] %}
+                {{- raise_exception('A part must be of type text or image, got ' + (part.type | string)) }}
+            {%- endif %}
             {{- '<imgpad>' if part.type == 'image' else part.text }}
         {%- endfor %}
     {%- endif %}

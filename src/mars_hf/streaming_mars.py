@@ -197,7 +197,8 @@ class ImageIteratorStreamer(ImageStreamer):
 
     Example:
         >>> streamer = ImageIteratorStreamer(model.vqgan)
-        >>> threading.Thread(target=model.generate, kwargs={**inputs, "streamer": streamer}).start()
+        >>> asked = {**inputs, "generation_mode": "image", "streamer": streamer}
+        >>> threading.Thread(target=model.generate, kwargs=asked).start()
         >>> for preview in streamer:
         ...     show(preview.pixels[0])
     """

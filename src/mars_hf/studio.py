@@ -97,7 +97,7 @@ class Studio:
         Load a checkpoint onto the accelerator, if there is one.
 
         Args:
-            name (`str` or `os.PathLike`): `"mars-emoji"` for the embedded one, a folder, or a name on the Hub.
+            name (`str` or `os.PathLike`): A folder; else `"mars-emoji"`, the embedded one; or a name on the Hub.
 
         Raises:
             ValueError: If there is no MARS.

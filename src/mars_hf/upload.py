@@ -4,9 +4,13 @@ upload continues when it is called again (huggingface_hub skips what is there).
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+# An earlier upload may have left weights in other files, which would be read in place of the new ones.
+REPLACED = ["*.safetensors", "*.safetensors.index.json", "super_resolution/*", "gallery/*"]
 IGNORED = [".*", "*/.*", "__pycache__/*", "*/__pycache__/*"]
 
 
@@ -20,7 +24,13 @@ class HubApi(Protocol):
     def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> Any: ...
 
     def upload_folder(
-        self, *, repo_id: str, folder_path: str | Path, commit_message: str, ignore_patterns: list[str]
+        self,
+        *,
+        repo_id: str,
+        folder_path: str | Path,
+        commit_message: str,
+        ignore_patterns: list[str],
+        delete_patterns: list[str],
     ) -> Any: ...
 
 
@@ -60,7 +70,8 @@ def check_upload(repo_id: str, api: HubApi | None = None) -> None:
             "(https://huggingface.co/settings/tokens)."
         )
     try:
-        user = api.whoami()
+        with _broken_lines_told():
+            user = api.whoami()
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code in (401, 403):
             raise ValueError("The Hub does not accept the token. Log in anew with `hf auth login`.") from None
@@ -104,14 +115,29 @@ def upload_folder(folder: str | os.PathLike, repo_id: str, private: bool = True,
     """
     api = api or _hub()
     check_upload(repo_id, api)
-    repository = api.create_repo(repo_id, private=private, exist_ok=True)
-    api.upload_folder(
-        repo_id=repository.repo_id,
-        folder_path=folder,
-        commit_message=f"Upload {Path(folder).name} with mars_hf",
-        ignore_patterns=list(IGNORED),  # the library adds its own to this list
-    )
+    with _broken_lines_told():
+        repository = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository.repo_id,
+            folder_path=folder,
+            commit_message=f"Upload {Path(folder).name} with mars_hf",
+            ignore_patterns=list(IGNORED),  # the library adds its own to this list
+            delete_patterns=REPLACED,
+        )
     return str(repository)
+
+
+@contextmanager
+def _broken_lines_told() -> Iterator[None]:
+    """Make an OSError of what the library raises where there is no network."""
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        yield
+    except HTTPError as error:
+        if isinstance(error, OSError):  # an answer of the Hub
+            raise
+        raise OSError(f"The Hub cannot be reached ({error}). Called again, an upload continues.") from error
 
 
 def _hub() -> Any:

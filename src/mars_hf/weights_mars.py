@@ -66,9 +66,12 @@ def stored_generation_config(name: str | Path, subfolder: str = "", **hub: Any) 
 def weight_files(name: str | Path, subfolder: str = "", **hub: Any) -> list[str]:
     """Find the safetensors files of a checkpoint, in the order of their names."""
     place = {**hub, "subfolder": subfolder}
-    index = cached_file(str(name), SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **place)
+    single, index = (  # one file goes before an index, as in the library
+        cached_file(str(name), file, _raise_exceptions_for_missing_entries=False, **place)
+        for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    )
     names = {SAFE_WEIGHTS_NAME}
-    if index is not None:
+    if single is None and index is not None:
         names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
     return [cached_file(str(name), file, **place) for file in sorted(names)]
 

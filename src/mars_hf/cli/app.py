@@ -53,7 +53,7 @@ def one_line_errors(debug: bool, extra: str = "data") -> Iterator[None]:
     except (ValueError, RuntimeError, OSError, MemoryError, ModuleNotFoundError, FloatingPointError) as error:
         if debug or isinstance(error, (typer.Exit, typer.Abort)):
             raise
-        missing = isinstance(error, ModuleNotFoundError)
+        missing = isinstance(error, ModuleNotFoundError) and error.name  # without a name it says itself what to do
         hint = f". The extras bring it: pip install 'mars_hf[{extra}]'" if missing else ""
         typer.echo(f"mars-hf: {in_one_line(error) or type(error).__name__}{hint}", err=True)
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None

@@ -146,7 +146,7 @@ def _fingerprint(model: str) -> str:
     return fingerprint(checkpoint_folder(model))
 
 
-@app.command(epilog=examples('mars-hf upscale small.png --caption "a red apple" --out large.png'))
+@app.command(epilog=examples('mars-hf upscale small.png --caption "a red apple" --model my-mars --out large.png'))
 def upscale(
     picture: Annotated[Path, typer.Argument(help="Picture file.")],
     out: Annotated[Path, typer.Option(metavar="FILE.png", help="PNG to write.")],
@@ -175,8 +175,9 @@ def upscale(
         check_prompt(caption), check_seed(seed)
         small = open_picture(picture)
         enlarger = Enlarger.of(checkpoint_folder(model))
-        enlarger.model.to(torch.accelerator.current_accelerator() or "cpu")
-        k = codes_per_step or enlarger.model.config.trained_codes_per_step[0]
+        # Without the question a CUDA build of torch names a GPU where there is none.
+        enlarger.model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+        k = enlarger.model.config.trained_codes_per_step[0] if codes_per_step is None else codes_per_step
         chance = torch.Generator(enlarger.model.device).manual_seed(seed)
         large = enlarger.upscale(small, caption, codes_per_step=k, generator=chance)
         facts = {"prompt": caption, "seed": seed, "settings": {"codes_per_step": k, "factor": enlarger.factor}}

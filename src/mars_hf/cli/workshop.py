@@ -45,7 +45,7 @@ def data_encode(
         str, typer.Option("--data", metavar="SOURCE", help="Folder, files ('shards/*.tar') or Hub name of the data.")
     ],
     out: Annotated[Path, typer.Option(help="Folder to write to; an interrupted run there is continued.")],
-    model: Annotated[str, typer.Option(help="Folder or Hub name of the MARS whose image tokenizer encodes.")] = str(
+    model: Annotated[str, typer.Option(help="Folder or Hub name of the MARS, or of the VQModel, that encodes.")] = str(
         DEFAULT_CHECKPOINT
     ),
     split: Annotated[str, typer.Option(help="Which split.")] = "train",
@@ -211,6 +211,7 @@ def export(
     with one_line_errors(debug):
         if push is None and (public or dry_run):
             raise ValueError("`--public` and `--dry-run` go with `--push REPO`.")
+        from mars_hf.evaluation.provenance import local_checkpoint
         from mars_hf.hub import export_folder, is_export
         from mars_hf.upload import check_repo_id, check_upload, files_to_upload, upload_folder
 
@@ -219,7 +220,9 @@ def export(
         content = {"weights_dtype": weights_dtype, "gallery": gallery, "results": results}
         content |= {"super_resolution": super_resolution}
         if push is None or overwrite or not is_export(out):
-            export_folder(model, out, overwrite=overwrite, separate_frozen=separate_frozen, **content)
+            export_folder(
+                local_checkpoint(model) or model, out, overwrite=overwrite, separate_frozen=separate_frozen, **content
+            )
             typer.echo(str(out))
         elif separate_frozen or any(content.values()) or model != DEFAULT_CHECKPOINT:
             raise ValueError(f"{out} holds an earlier export. Leave options that change it out, or add --overwrite.")
@@ -272,6 +275,7 @@ def convert(
     epilog=examples(
         "mars-hf train emoji/stage1 --out runs/emoji-stage1 --compile",
         "mars-hf train paper/stage1 --dry-run --gpus 64",
+        "mars-hf train emoji/stage1 --show > mine.yaml",
     )
 )
 def train(
@@ -290,12 +294,15 @@ def train(
     utilisation: Annotated[float, typer.Option(help="Of a dry run: share of the peak that is reached.")] = 0.4,
     peak_tflops: Annotated[float, typer.Option(help="Of a dry run: of one GPU, an A100 in bfloat16.")] = 312.0,
     as_json: Annotated[bool, typer.Option("--json", help="Of a dry run: print JSON instead of tables.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print RECIPE and do nothing.")] = False,
     debug: Debug = False,
 ) -> None:
     """Train a stage by its recipe, on one device; on many, see `examples/train.py`. Or tell what it would cost."""
-    with one_line_errors(debug):
-        from mars_hf.training.recipe import Recipe
+    with one_line_errors(debug, extra="train"):
+        from mars_hf.training.recipe import Recipe, recipe_path
 
+        if show:
+            return typer.echo(recipe_path(recipe).read_text(encoding="utf-8"), nl=False)
         loaded = Recipe.load(recipe)
         if dry_run:
             from mars_hf.training.estimate import PAPER_STAGES, estimate_cost, paper_utilisation

@@ -43,6 +43,7 @@ from .text import ConversionWarning, TextModel, read_text_model
 from .vqgan import convert_vqgan_state_dict, detect_vqgan_source
 
 GB = 1e9
+JANUS_FIELDS = {"image_token_size": "codebook_size", "n_embed": "codebook_embed_dim"}  # its names to LlamaGen's
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 MEMORY_SHARE = 0.5  # of the free memory that both models may take to be compared by what they say
 PROBE_SHAPE = (2, 16)  # rows and tokens
@@ -321,7 +322,8 @@ def _image_processor(config: MarsConfig, unit_pixels: bool) -> MarsImageProcesso
 def read_vqgan_config(path: Path, config: Path | None) -> dict[str, Any]:
     """
     Find and read the configuration of a VQ-GAN: a named file, `config.json`, or the only YAML file beside its weights.
-    A training YAML's node `model` is taken. Empty if there is none: some formats need none.
+    A training YAML's node `model` is taken, and of a whole Janus what it says of its VQ-GAN. Empty if there is none:
+    some formats need none.
 
     Raises:
         ValueError: If there are several YAML files and none is named, or the file holds no mapping.
@@ -340,6 +342,9 @@ def read_vqgan_config(path: Path, config: Path | None) -> dict[str, Any]:
     if not config.is_file():
         raise ValueError(f"{config} does not exist. Name the configuration of the VQ-GAN.")
     content = read_json(config) if config.suffix == ".json" else _read_yaml(config)
+    if isinstance(whole := content.get("gen_vision_config"), dict):
+        params = whole.get("params", {})
+        return {ours: params[theirs] for theirs, ours in JANUS_FIELDS.items() if theirs in params}
     return content["model"] if isinstance(content.get("model"), dict) else content
 
 
@@ -428,7 +433,7 @@ def _facts(text: Path, vqgan: Path, notes: tuple[str, ...]) -> CardFacts:
 
 def _leftovers(out: Path) -> list[str]:
     """Tell of what a run that was killed could not clear away."""
-    parent = out.absolute().parent
+    parent = out.resolve().parent
     left = [path for path in parent.iterdir() if path.name.startswith(f".{out.name}-")] if parent.is_dir() else []
     return [
         f"{path} was left by a run that was killed, unless one is at work now. It can be deleted." for path in left
@@ -438,7 +443,7 @@ def _leftovers(out: Path) -> list[str]:
 @contextmanager
 def _full_disk_explained(out: Path, needed: int) -> Iterator[None]:
     """Refuse to start what cannot be finished, and name the folder if the disk fills up all the same."""
-    place = next(parent for parent in out.absolute().parents if parent.is_dir())
+    place = next(parent for parent in out.resolve().parents if parent.is_dir())
     message = f"The disk of {place} is full: {out} takes {needed / GB:.2f} GB"
     if (free := shutil.disk_usage(place).free) < needed:
         raise OSError(errno.ENOSPC, f"{message}, {free / GB:.2f} GB are free. Nothing was written.")

@@ -1,6 +1,5 @@
 """
-Emoji in other sizes: pictures that are wider or taller than square (Stage II), and the same picture at two resolutions
-(Stage III).
+Emoji in other sizes: pictures that are wider or taller than square (Stage II).
 
 A canvas that is not square shows a whole emoji with white beside it, a part of one, or two emoji; the caption says
 which, and where. Everything is drawn from the index and the seed, and from the rows of one split: a held-out pair of
@@ -15,7 +14,7 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from PIL import Image
 
 from .emoji import split_of
@@ -412,61 +411,3 @@ class _Pool:
 
     def draw(self, rng: random.Random) -> int:
         return rng.choices(self.indices, cum_weights=self._cumulative)[0]
-
-
-# Two resolutions
-
-
-def super_resolution_pairs(low: Dataset, high: Dataset) -> Dataset:
-    """
-    Join emoji data of two sizes to the triplets of Stage III: the same pictures at a low and at a high resolution,
-    with their captions.
-
-    Args:
-        low (`datasets.Dataset`): Such as the train split at 64 pixels.
-        high (`datasets.Dataset`): The same split at a whole multiple of that size, in any order.
-
-    Returns:
-        `datasets.Dataset`: In the order of `low`: `low_image`, `image`, `caption_en`, `caption_zh`, `style`,
-        `hexcode`.
-
-    Raises:
-        ValueError: If they do not hold the same pairs of subject and style, each once and under the same names, or
-            the sizes do not fit.
-    """
-    low_rows, high_rows = (data.select_columns(TEXT_COLUMNS).to_list() for data in (low, high))
-    places = {_pair_of(row): place for place, row in enumerate(high_rows)}
-    low_pairs = {_pair_of(row) for row in low_rows}
-    odd = sorted(low_pairs ^ set(places))
-    if odd or not len(low_rows) == len(low_pairs) == len(high_rows):
-        raise ValueError(
-            f"Both data sets must hold the same pairs of subject and style, each once; they have {len(low_rows)} and "
-            f"{len(high_rows)} rows and differ in {len(odd)} pairs{f', such as {odd[0]}' if odd else ''}. Take the "
-            "same split of data made by the same version."
-        )
-    order = [places[_pair_of(row)] for row in low_rows]
-    for row, place in zip(low_rows, order, strict=True):
-        if row != high_rows[place]:
-            raise ValueError(f"The data sets name {_pair_of(row)} differently: {row} and {high_rows[place]}.")
-    matched = high.select(order).select_columns(["image", *TEXT_COLUMNS])
-    if low_rows:
-        _check_sizes(low[0]["image"], matched[0]["image"])
-    return concatenate_datasets([low.select_columns("image").rename_column("image", "low_image"), matched], axis=1)
-
-
-def _pair_of(row: Mapping[str, str]) -> tuple[str, str]:
-    return row["hexcode"], row["style"]
-
-
-def _check_sizes(low: Image.Image, high: Image.Image) -> None:
-    factor = high.width // low.width
-    if factor < 2 or high.size != (factor * low.width, factor * low.height):
-        raise ValueError(
-            f"High-resolution pictures must be a whole multiple of the low ones, 2 at least; got {low.height} x "
-            f"{low.width} and {high.height} x {high.width} pixels."
-        )
-
-
-def upscale_bicubic(picture: Image.Image, factor: int = 2) -> Image.Image:
-    """Enlarge a picture as any program would: the baseline that super-resolution has to beat."""
-    return picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.BICUBIC)

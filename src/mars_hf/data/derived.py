@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .composition import EmojiCompositions
 from .emoji_captions import subject_weights
-from .encode import open_manifest, read_manifest, write_manifest
+from .encode import check_split_name, open_manifest, read_manifest, write_manifest
 from .records import open_records
 from .stories import EmojiStories
 
@@ -133,10 +133,11 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _new_file(out: str | Path, split: str) -> Path:
-    path = Path(out) / "data" / f"{split}-00000-of-00001.parquet"
-    if path.exists():
-        raise ValueError(f"{path} is there already. Choose another folder, or remove it.")
-    return path
+    check_split_name(split)
+    folder = Path(out) / "data"
+    if there := sorted(folder.glob(f"{split}-*.parquet")):
+        raise ValueError(f"{there[0]} is there already. Choose another folder, or remove it.")
+    return folder / f"{split}-00000-of-00001.parquet"
 
 
 def _write(path: Path, count: int, row: Callable[[int], dict[str, Any]], features: Features, progress: bool) -> Path:

@@ -256,7 +256,8 @@ def build_emoji_dataset(out: str | Path, size: int = 64, cache_dir: str | Path |
             "asked for. Choose another folder, or remove this one."
         )
     own = {".packages", "data", recipe_file.with_suffix(".part").name}  # what a run cut off at its start leaves
-    if not recipe_file.exists() and out.is_dir() and any(p.name not in own for p in out.iterdir()):
+    foreign = out.is_dir() and (any(p.name not in own for p in out.iterdir()) or any((out / "data").glob("*")))
+    if not recipe_file.exists() and foreign:
         raise ValueError(f"{out} is not empty and holds no emoji data. Choose another folder.")
     records = match_records(Path(cache_dir) if cache_dir else out / ".packages", progress)
     (out / "data").mkdir(parents=True, exist_ok=True)

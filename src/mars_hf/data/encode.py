@@ -11,6 +11,7 @@ What this file leaves to others: pixels (the image processor), and which records
 import copy
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -29,7 +30,9 @@ from tqdm.auto import tqdm
 
 from ..configuration_mars import MarsConfig
 from ..conversion.checkpoints import Checkpoint
+from ..evaluation.provenance import local_checkpoint
 from ..image_processing_mars import MarsImageProcessor, encode_pixels
+from ..weights_mars import base_of, complete_weights
 from .records import (
     CAPTIONS,
     CODES_FILE,
@@ -59,7 +62,8 @@ def load_image_tokenizer(
     Load the VQ-GAN of a checkpoint without its language model, and the image processor.
 
     Args:
-        model (`str` or `Path`): Folder of a MARS or of a diffusers `VQModel`, or its name on the Hub.
+        model (`str` or `Path`):
+            Folder of a MARS or of a diffusers `VQModel`, its name on the Hub, or `mars-emoji`, the embedded one.
         device (`str` or `torch.device`, defaults to `"cpu"`): Where the VQ-GAN goes.
 
     Returns:
@@ -71,24 +75,28 @@ def load_image_tokenizer(
     from diffusers import VQModel
     from huggingface_hub import snapshot_download
 
-    folder = Path(model)
-    if not folder.is_dir():
+    folder = local_checkpoint(model)
+    if folder is None:
         folder = Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors"]))
     if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name") == "VQModel":
         vqgan = VQModel.from_pretrained(folder).eval()
         config = MarsConfig(vq_config={k: v for k, v in vqgan.config.items() if k[0] != "_"})
-        side = {"height": config.default_image_size, "width": config.default_image_size}
-        # Those that look codes up (aMUSEd's) take pixels in [0, 1].
-        range_ = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3} if vqgan.config.lookup_from_codebook else {}
-        factor = config.downsample_factor
-        return vqgan.to(device), MarsImageProcessor(size=side, downsample_factor=factor, **range_)
+        return vqgan.to(device), image_processor_of(vqgan, config)
     config = MarsConfig.from_pretrained(folder)
     if config.vq_config is None:
         raise ValueError(f"{model} has no VQ-GAN: its configuration has no `vq_config`. Choose a model with one.")
-    stored = Checkpoint.find(folder)
+    base = base_of(folder)
+    stored = Checkpoint.find(folder) if base is None else complete_weights(folder, base)
     vqgan = VQModel.from_config(config.vq_config).eval()
     vqgan.load_state_dict({name: stored[f"vqgan.{name}"] for name in vqgan.state_dict()}, strict=True)
     return vqgan.to(device), MarsImageProcessor.from_pretrained(folder)
+
+
+def image_processor_of(vqgan: "VQModel", config: MarsConfig) -> MarsImageProcessor:
+    """Make the image processor of a diffusers VQ-GAN: those that look codes up (aMUSEd's) take pixels in [0, 1]."""
+    side = {"height": config.default_image_size, "width": config.default_image_size}
+    range_ = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3} if vqgan.config.lookup_from_codebook else {}
+    return MarsImageProcessor(size=side, downsample_factor=config.downsample_factor, **range_)
 
 
 def encode_records(
@@ -137,8 +145,8 @@ def encode_records(
         [`BadRecords`]: What was left out.
 
     Raises:
-        ValueError: If the data have no pictures or codes already, a number is out of range, records are broken beyond
-            the limit, or `out` holds other data, or codes that were made in another way.
+        ValueError: If the data have no pictures or codes already, `split` is no name, a number is out of range,
+            records are broken beyond the limit, or `out` holds other data, or codes that were made in another way.
     """
     if batch_size < 1 or shard_size < 1:
         raise ValueError(f"`batch_size` and `shard_size` must be at least 1, got {batch_size} and {shard_size}.")
@@ -147,6 +155,7 @@ def encode_records(
             f"`lowres_factor` must be 2 or more, for records with an `image`, got {lowres_factor} and the columns "
             f"{list(dataset.features)}."
         )
+    check_split_name(split)
     out, features = Path(out), _coded_features(dataset.features)
     if lowres_factor is not None:
         features = Features({**features, "lowres_codes": CODE_COLUMNS["image_codes"]})
@@ -163,7 +172,8 @@ def encode_records(
     num_records = None if isinstance(dataset, IterableDataset) else len(dataset)
     with _alone_in(out):
         manifest, done = open_manifest(out, describe_tokenizer(vqgan), recipe, split, num_records, source)
-        bad_records = BadRecords("skip", limit, num_records, done["seen"], reasons=Counter(done["left_out"]))
+        counts = (done["seen"], done.get("long_captions", 0), Counter(done["left_out"]))
+        bad_records = BadRecords("skip", limit, num_records, *counts)
         if done["complete"]:
             return bad_records
         options = {"batch_size": batch_size, "rules": rules, "lowres_factor": lowres_factor}
@@ -180,6 +190,7 @@ def encode_records(
                 _write_shard(out / "data" / f"{split}-{done['shards']:05d}.parquet", rows, features)
                 done["shards"], done["records"] = done["shards"] + 1, done["records"] + len(rows)
                 done["seen"], done["left_out"] = bad_records.num_seen, dict(bad_records.reasons)
+                done["long_captions"] = bad_records.num_long_captions
                 write_manifest(out, manifest)
         bad_records.finish()
         if not done["records"]:
@@ -221,6 +232,7 @@ def _encode(
     rows, pictures = [], []
     for index, record in records:
         with bad_records.skipping(record, index):
+            bad_records.num_long_captions += any(rules.is_too_long(record.get(name)) for name in CAPTIONS)
             check_record(record, rules)
             row, found = _without_pictures(record, to_pixels)
             row |= _fitting_captions(record, rules)
@@ -280,6 +292,20 @@ def _pixels(image: Any, to_pixels: Callable[..., Any]) -> torch.Tensor:
         raise BadRecordError("unreadable picture", f"{error}") from error
 
 
+def check_split_name(split: str) -> None:
+    """
+    Refuse a split that files cannot be named by, such as `train[:100]`.
+
+    Raises:
+        ValueError: If it is no name.
+    """
+    if not re.fullmatch(r"\w+(\.\w+)*", split):
+        raise ValueError(
+            f"`split` names what is written, such as 'train', got {split!r}. For a part of a split, or several of "
+            "them, load them with `datasets`, save them, and give that folder."
+        )
+
+
 def describe_tokenizer(vqgan: "VQModel") -> dict[str, Any]:
     """Say what tells an image tokenizer from another one: the `"tokenizer"` of a `codes.json`."""
     factor = 2 ** (len(vqgan.config.block_out_channels) - 1)
@@ -335,14 +361,19 @@ def open_manifest(
         for part in ("tokenizer", "recipe"):
             asked = json.loads(json.dumps(manifest[part]))
             if differing := {
-                name: (held[part].get(name), asked[name]) for name in asked if held[part].get(name) != asked[name]
+                name: (held[part].get(name), asked.get(name))
+                for name in sorted(held[part].keys() | asked.keys())
+                if held[part].get(name) != asked.get(name)
             }:
                 raise ValueError(
                     f"{out} holds codes made in another way (there, here): {differing}. Choose another folder, or "
                     "remove this one."
                 )
         manifest = held
-    elif out.is_dir() and {path.name for path in out.iterdir()} - {"data", "codes.part", LOCK}:  # a start cut off
+    elif out.is_dir() and (
+        {path.name for path in out.iterdir()} - {"data", "codes.part", LOCK}  # what a start that was cut off leaves
+        or any((out / "data").glob("*"))
+    ):
         raise ValueError(f"{out} is not empty and holds no codes. Choose another folder.")
     nothing: dict[str, Any] = {
         "num_records": num_records,

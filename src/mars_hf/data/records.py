@@ -333,7 +333,6 @@ class CaptionMix:
     Args:
         chinese (`float`, defaults to 0.5): Share of Chinese captions.
         fine (`float`, defaults to 0.0): Share of fine-grained captions.
-        null (`float`, defaults to 0.1): Share of prompts whose caption is replaced by `<null>`, as guidance needs it.
 
     Raises:
         ValueError: If a share is not in [0, 1].
@@ -345,10 +344,9 @@ class CaptionMix:
 
     chinese: float = 0.5
     fine: float = 0.0
-    null: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("chinese", "fine", "null"):
+        for name in ("chinese", "fine"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be a share in [0, 1], got {getattr(self, name)}.")
 
@@ -367,10 +365,6 @@ class CaptionMix:
         details = ("fine_", "") if is_fine else ("", "fine_")
         names = (f"{detail}caption{language}" for detail in details for language in languages)
         return next(captions[name] for name in names if name in captions)
-
-    def drops_caption(self, seed: int, index: int) -> bool:
-        """Say whether a prompt goes without its caption; independent of which caption it would be."""
-        return random.Random(f"{seed}/{index}/null").random() < self.null
 
 
 class ShuffledOrder:
@@ -581,8 +575,12 @@ def _files_of(source: Any) -> list[str]:
     """List what a source names, with patterns written out."""
     names: list[str] = []
     for name in map(str, [source] if isinstance(source, str | Path) else source):
-        is_file = "://" not in name and (glob.has_magic(name) or Path(name).suffix in BUILDERS)
-        names += sorted(glob.glob(name, recursive=True)) if is_file else [name]
+        is_path = "://" not in name and not Path(name).exists()
+        is_file = is_path and (glob.has_magic(name) or Path(name).suffix in BUILDERS)
+        found = sorted(glob.glob(name, recursive=True)) if is_file else [name]
+        if not found:
+            raise ValueError(f"There is no file {name}.")
+        names += found
     if not names:
         raise ValueError(f"There is no file {source}.")
     return names
@@ -628,7 +626,12 @@ def _shards_of(folder: Path, split: str) -> list[Path]:
 
 def _code_files(folder: Path, split: str) -> list[str]:
     manifest = json.loads((folder / CODES_FILE).read_text(encoding="utf-8"))
-    if not manifest["splits"].get(split, {}).get("complete"):
+    if split not in manifest["splits"]:
+        raise ValueError(
+            f"{folder} holds no codes of the split {split!r}, only of {', '.join(manifest['splits'])}. "
+            f"`mars-hf data encode --split {split}` with the same `--out` puts them beside these."
+        )
+    if not manifest["splits"][split].get("complete"):
         raise ValueError(
             f"The codes of split {split!r} in {folder} are not complete. Run again what writes them, such as "
             "`mars-hf data encode` or `mars-hf data build`: it continues."

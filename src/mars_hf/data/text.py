@@ -1149,12 +1149,13 @@ def build_text_corpus(
         ValueError: If a package has no entry in `PACKAGES`.
         FileNotFoundError: If a package in `packages` is not installed. The message says how to install it.
     """
-    unknown = set(packages) - set(PACKAGES)
+    packages = set(packages)
+    unknown = packages - set(PACKAGES)
     if unknown:
         raise ValueError(f"`packages` must be among {sorted(PACKAGES)}, got {sorted(unknown)}.")
-    limits = limits or LIMITS
+    limits = {**LIMITS, **(limits or {})}
     subjects = read_subjects(cache_dir)
-    sources = {**_made_sources(subjects, limits), **_plain_sources(subjects, set(packages), limits)}
+    sources = {**_made_sources(subjects, limits), **_plain_sources(subjects, packages, limits)}
     corpus = {}
     for name, documents in sources.items():
         rng = random.Random(f"{seed}/{name}")

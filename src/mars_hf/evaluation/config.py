@@ -245,7 +245,7 @@ class EvaluationConfig:
         drawing ([`DrawingConfig`]): What all runs share.
         runs (`dict[str, RunConfig]`): Ways of sampling, by name.
         metrics ([`MetricsConfig`]): What is measured.
-        model (`str`, defaults to `"mars-emoji"`): `mars-emoji` is the embedded checkpoint; or a folder or Hub name.
+        model (`str`, defaults to `"mars-emoji"`): A folder; else `mars-emoji`, the embedded checkpoint; or a Hub name.
         dtype (`str`, *optional*): Computes in it, e.g. `bfloat16`; the checkpoint's if not given.
         references (`bool`, defaults to `True`): Also measure the true pictures, where the prompts have them.
         reconstructions (`bool`, defaults to `False`): Also measure what the VQ-GAN makes of the true pictures.

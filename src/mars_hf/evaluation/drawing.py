@@ -40,6 +40,7 @@ class Drawer:
         run ([`RunConfig`]): The way of sampling.
         height (`int`): Of the pictures, in pixels.
         width (`int`): Of the pictures, in pixels.
+        enlarger ([`Enlarger`], *optional*): Draws them larger.
 
     Raises:
         ValueError: If the checkpoint cannot draw so.
@@ -84,7 +85,7 @@ class Drawer:
         values = {n: next((s[n] for s in sources if s.get(n) is not None), None) for n in GENERATE_DEFAULTS}
         if not values["do_sample"]:  # the likeliest code needs none of them, and the library warns of them
             values |= dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
-        k = run.codes_per_step or self.model.config.trained_codes_per_step[0]
+        k = self.model.config.trained_codes_per_step[0] if run.codes_per_step is None else run.codes_per_step
         return {**values, "codes_per_step": k, "code_order": self.model.config.code_order}
 
     def settings(self) -> dict[str, Any]:

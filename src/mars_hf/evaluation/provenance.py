@@ -17,6 +17,14 @@ HASHED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".json", ".jinja", ".t
 OF_TRAINING = ("training_args", "trainer_state", "optimizer", "scheduler", "rng_state", "scaler")
 
 
+def local_checkpoint(name: str | os.PathLike) -> Path | None:
+    """Find the folder of a checkpoint on this machine: a folder, or else the embedded one by its name."""
+    path = Path(name)
+    if (path / "config.json").is_file() or (path.is_dir() and str(name) != DEFAULT_CHECKPOINT.name):
+        return path
+    return DEFAULT_CHECKPOINT if str(name) == DEFAULT_CHECKPOINT.name else None
+
+
 def checkpoint_folder(name: str) -> Path:
     """
     Find the folder of a checkpoint: a folder, the embedded one by its name, or one that is brought from the Hub.
@@ -24,10 +32,8 @@ def checkpoint_folder(name: str) -> Path:
     Raises:
         ValueError: If there is no such checkpoint.
     """
-    if (Path(name) / "config.json").is_file() or (Path(name).is_dir() and name != DEFAULT_CHECKPOINT.name):
-        return Path(name)
-    if name == DEFAULT_CHECKPOINT.name:
-        return DEFAULT_CHECKPOINT
+    if (folder := local_checkpoint(name)) is not None:
+        return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -335,13 +335,13 @@ def recipe_config(part: ModelPart, assumed: AssumedPart) -> tuple[MarsConfig, st
     Raises:
         ValueError: If a model is not here and the recipe assumes nothing.
     """
-    names = [name for name in (part.base, part.text, part.vqgan) if name is not None]
+    names = [str(name) for name in (part.base_checkpoint, part.text, part.vqgan) if name is not None]
     if assumed.text_config and not all(Path(name).is_dir() for name in names):
         vq_config = assumed.vq_config or None
         return MarsConfig(text_config=assumed.text_config, vq_config=vq_config, **part.config), "assumed"
     try:
         if part.base is not None:
-            return MarsConfig.from_pretrained(part.base, **part.config), part.base
+            return MarsConfig.from_pretrained(part.base_checkpoint, **part.config), part.base
         vq_config = {name: value for name, value in VQModel.load_config(part.vqgan).items() if name[0] != "_"}
         text_config = AutoConfig.from_pretrained(part.text)
     except OSError as error:
@@ -369,7 +369,7 @@ def recipe_batches(
     model = _model_without_storage(config)
     model.vqgan = None  # whose codes the data hold is for a run to check: it takes the weights
     processor = (
-        MarsProcessor.from_pretrained(recipe.model.base)
+        MarsProcessor.from_pretrained(recipe.model.base_checkpoint)
         if recipe.model.base is not None
         else MarsProcessor.from_text_tokenizer(AutoTokenizer.from_pretrained(recipe.model.text), config)
     )
@@ -386,7 +386,7 @@ def recipe_batches(
             for n in range(per_batch)
         ]
     shapes = [(1 / len(batches), _shape(recipe, config, method, batch)) for batch in batches]
-    return shapes, rows_of_an_epoch(recipe.data, sources), ", ".join(dict.fromkeys(names))
+    return shapes, rows_of_an_epoch(sources), ", ".join(dict.fromkeys(names))
 
 
 def _shape(recipe: Recipe, config: MarsConfig, method: Method, rows: list[Row]) -> StepShape:

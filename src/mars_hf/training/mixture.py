@@ -215,7 +215,8 @@ class MixtureStream(Mixture, IterableDataset):
     (see [`ShuffledStream`]).
 
     Each iteration begins at the first row: a run that resumes reads on to its place, and of several processes each
-    reads all and keeps its own.
+    reads all and keeps its own. Of several workers of a process the first reads all, in order; the others are idle. A
+    source that is a stream itself is read by one worker.
 
     Args:
         processor, sources, batch_size: Of [`Mixture`].
@@ -224,7 +225,7 @@ class MixtureStream(Mixture, IterableDataset):
         kwargs: Of [`Mixture`].
 
     Raises:
-        ValueError: When it is read by more than one worker of a process, which would each read everything.
+        ValueError: When several workers read a source that is a stream.
     """
 
     def __init__(
@@ -241,11 +242,12 @@ class MixtureStream(Mixture, IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
-        if worker is not None and worker.num_workers > 1:
-            raise ValueError(
-                f"Rows that come one after the other are read by one worker, got {worker.num_workers}: set "
-                "`dataloader_num_workers` to 0 or 1."
+        if worker is not None and worker.num_workers > 1 and any(source.is_stream for source in self.sources):
+            raise ValueError(  # `datasets` would give each worker a part of the files
+                f"A stream is read by one worker, got {worker.num_workers}: set `dataloader_num_workers` to 0 or 1."
             )
+        if worker is not None and worker.id:
+            return
         records = {number: self._records_of(number) for number in sorted(set(self._passes))}
         for batch in count() if self.num_batches is None else range(self.num_batches):
             of_batch = records[self._passes[self.source_number(batch)]]

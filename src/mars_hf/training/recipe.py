@@ -17,14 +17,13 @@ import yaml
 from ..configuration_mars import MarsConfig
 from ..data.emoji_captions import CaptionStyle
 from ..data.records import CaptionMix
+from ..evaluation.provenance import local_checkpoint
 from ..image_processing_mars import check_image_size
 from .losses import LOSS_SCOPES
 
 RECIPES = Path(__file__).parent / "recipes"
 FROZEN_DTYPES = ("float32", "bfloat16", "float16")
 CAPTION_FORMS = {"records": CaptionMix, "emoji": CaptionStyle}
-# Of `CaptionMix`, but a recipe drops the captions of whole batches: `data.drop_caption`.
-CAPTIONS_ELSEWHERE = {"null"}
 # The language model and the VQ-GAN bring the first three, and a checkpoint the others.
 CONFIG_ELSEWHERE = {"text_config", "vq_config", "tie_word_embeddings", "base_checkpoint", "mars_format"}
 # Arguments of the Trainer that a recipe says elsewhere, or that would change what a row is.
@@ -37,6 +36,8 @@ SET_ELSEWHERE = {
     "data_seed": "see the recipe's own `seed`",
     "remove_unused_columns": "rows are the collator's",
     "use_cpu": "the machine's accelerator is taken if there is one; hide it with CUDA_VISIBLE_DEVICES=",
+    "resume_from_checkpoint": "a run finds its own last checkpoint",
+    "train_sampling_strategy": "rows are shuffled by the recipe's own `seed`",
     "auto_find_batch_size": "rows are planned by `per_device_train_batch_size`",
     "label_smoothing_factor": "see `loss.label_spread`",
 }
@@ -114,7 +115,7 @@ class ModelPart:
     Where the model comes from: a MARS to go on from, or a language model and a VQ-GAN to build one of.
 
     Args:
-        base (`str`, *optional*): Folder of a MARS.
+        base (`str`, *optional*): Folder of a MARS, its name on the Hub, or `mars-emoji`, the embedded one.
         text (`str`, *optional*): Folder of the language model and its tokenizer.
         vqgan (`str`, *optional*): Folder of the image tokenizer.
         config (`dict`): Fields of [`MarsConfig`] to set.
@@ -149,6 +150,11 @@ class ModelPart:
                 )
         known = [one.name for one in fields(MarsConfig) if one.name in MarsConfig.__annotations__]
         _refuse_unknown_keys("model.config", self.config, [name for name in known if name not in CONFIG_ELSEWHERE])
+
+    @property
+    def base_checkpoint(self) -> str | Path | None:
+        """`base` as a folder where it is on this machine, or its name on the Hub."""
+        return self.base and (local_checkpoint(self.base) or self.base)
 
 
 @dataclass
@@ -208,7 +214,7 @@ class DataPart:
                 "`balance` out."
             )
         _refuse_unknown("data.captions.form", self.caption_form, CAPTION_FORMS)
-        known = [one.name for one in fields(CAPTION_FORMS[self.caption_form]) if one.name not in CAPTIONS_ELSEWHERE]
+        known = [one.name for one in fields(CAPTION_FORMS[self.caption_form])]
         _refuse_unknown_keys("data.captions", self.caption_shares, known)
         shares = {name: _checked(float, one, f"data.captions.{name}") for name, one in self.caption_shares.items()}
         self.captions = {"form": self.caption_form, **shares}
@@ -289,7 +295,14 @@ class EvaluationPart:
 
 @dataclass
 class LossPart:
-    """See [`MarsTrainer`]; `scope` None takes the stage's."""
+    """
+    How the loss is computed, see [`MarsTrainer`].
+
+    Args:
+        scope (`str`, *optional*): `"joint"` or `"grammar"`; the stage's if None.
+        label_spread (`float`, defaults to 0.0): See [`MarsTrainer`].
+        chunk_size (`int`, defaults to 2048): Positions whose logits exist at once.
+    """
 
     scope: str | None = None
     label_spread: float = 0.0
@@ -460,6 +473,11 @@ class Recipe:
                 "`evaluation.prompts` are drawn from text alone, but this is a model of super-resolution, which "
                 "starts from a smaller picture. Leave them out; the losses of `evaluation.split` are computed."
             )
+        if looks.prompts and config.vq_config is None:
+            raise ValueError(
+                "`evaluation.prompts` are to be drawn, but the model has no VQ-GAN to make pictures of codes. Leave "
+                "them out; the losses of `evaluation.split` are computed."
+            )
         try:
             sides = (config.default_image_size if side is None else side for side in (looks.height, looks.width))
             check_image_size(*sides, config.downsample_factor)
@@ -484,12 +502,7 @@ class Recipe:
         Raises:
             ValueError: If there is no such recipe, or it is not one.
         """
-        file = Path(path)
-        if not file.is_file() and (RECIPES / f"{path}.yaml").is_file():
-            file = RECIPES / f"{path}.yaml"
-        if not file.is_file():
-            names = sorted(str(one.relative_to(RECIPES).with_suffix("")) for one in RECIPES.rglob("*.yaml"))
-            raise ValueError(f"There is no recipe {path}: give a YAML file, or one of {', '.join(names)}.")
+        file = recipe_path(path)
         try:
             values = yaml.safe_load(file.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
@@ -501,6 +514,20 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Give all values, defaults included."""
         return asdict(self)
+
+
+def recipe_path(name: str | Path) -> Path:
+    """
+    Find the file of a recipe, or of one of the package by its name.
+
+    Raises:
+        ValueError: If there is no such recipe.
+    """
+    for file in (Path(name), RECIPES / f"{name}.yaml"):
+        if file.is_file():
+            return file
+    names = sorted(str(one.relative_to(RECIPES).with_suffix("")) for one in RECIPES.rglob("*.yaml"))
+    raise ValueError(f"There is no recipe {name}: give a YAML file, or one of {', '.join(names)}.")
 
 
 def _training_argument_names() -> list[str]:
@@ -579,4 +606,5 @@ __all__ = [
     "OptimizerPart",
     "Recipe",
     "Stage",
+    "recipe_path",
 ]

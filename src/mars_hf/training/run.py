@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.utils import logging
 
 from ..configuration_mars import MarsConfig
+from ..data.encode import image_processor_of
 from ..data.records import source_fingerprint, tokenizer_fingerprint
 from ..modeling_mars import MarsForConditionalGeneration
 from ..processing_mars import MarsProcessor
@@ -42,9 +43,9 @@ def build_model(part: ModelPart) -> tuple[MarsForConditionalGeneration, MarsProc
     """
     if part.base is not None:
         model = MarsForConditionalGeneration.from_pretrained(
-            part.base, dtype=torch.float32, attn_implementation=_attention()
+            part.base_checkpoint, dtype=torch.float32, attn_implementation=_attention()
         )
-        processor = MarsProcessor.from_pretrained(part.base)
+        processor = MarsProcessor.from_pretrained(part.base_checkpoint)
         if part.config:
             model, processor = with_other_config(model, processor, part.config)
     else:
@@ -56,7 +57,8 @@ def build_model(part: ModelPart) -> tuple[MarsForConditionalGeneration, MarsProc
         tokenizer = AutoTokenizer.from_pretrained(part.text)
         end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
         model = MarsForConditionalGeneration.from_text_and_vq(text, vqgan, end_of_text_id=end, **part.config)
-        processor = MarsProcessor.from_text_tokenizer(tokenizer, model.config)
+        image_processor = image_processor_of(vqgan, model.config)
+        processor = MarsProcessor.from_text_tokenizer(tokenizer, model.config, image_processor=image_processor)
     if part.image_defaults:
         model.generation_config.image_defaults = part.image_defaults
     return model, processor
@@ -183,7 +185,7 @@ def _training_rows(
     if recipe.packing is not None:
         stream = PackedStream(stream, model.config, recipe.packing)
     if args.max_steps < 0:
-        rows = rows_of_an_epoch(recipe.data, sources)
+        rows = rows_of_an_epoch(sources)
         if rows is None:
             raise ValueError("A stream does not say how long an epoch is: set `training.max_steps`.")
         of_a_step = batch * per_step * (1 if recipe.packing is None else stream.rows_of_a_pack())

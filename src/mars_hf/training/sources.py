@@ -12,7 +12,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from ..data.records import (
     validate_records,
     without,
 )
+from ..data.text import LANGUAGES, caption_phrases, with_style
 from ..modeling_mars import MarsForConditionalGeneration
 from ..processing_mars import MarsProcessor
 from .mixture import Source
@@ -133,13 +134,21 @@ class RowRules:
             pictures = [part for part in record["segments"] if not part.get("text")]
             texts = [part["text"] for part in record["segments"] if part.get("text")]
         else:
-            longest = max(captions_of(record, self.of_records).values(), key=lambda text: len(text.encode()))
-            pictures, texts = [record], [f"{longest} {record['height']}x{record['width']}"]
+            pictures = [record]
+            texts = [f"{caption} {record['height']}x{record['width']}" for caption in self._captions(record)]
         brackets = max(self.codes_per_step) + 1
         length = 1 + sum(self._check_grid(picture) + brackets for picture in pictures)
         if self.super_resolution_factor is not None:
             length += self._check_small_picture(record, self.super_resolution_factor) + 2
-        self._check_length(length, texts, num_tokens)
+        for own in [texts] if self.task == "documents" else [[text] for text in texts]:
+            self._check_length(length, own, num_tokens)
+
+    def _captions(self, record: Mapping[str, Any]) -> list[str]:
+        """Give all captions that a row may get."""
+        if not self.texts:
+            return list(captions_of(record, self.of_records).values())
+        forms = {language: caption_phrases(record[f"caption_{language}"], language) for language in LANGUAGES}
+        return [with_style(form, record["style"], language) for language in forms for form in forms[language]]
 
     def _check_grid(self, picture: Mapping[str, Any]) -> int:
         """Give the number of codes of a picture; refuse a grid that is not drawn so."""
@@ -251,6 +260,8 @@ def build_source(
             records = open_records(part.source, split, part.streaming, part.columns, model.vqgan)
         else:
             records = _encoded_records(part, split, model, processor, rules, args)
+            # The pictures were held to these as they came, before they were made smaller.
+            rules = replace(rules, of_records=replace(rules.of_records, min_size=1, max_aspect_ratio=None))
         _refuse_missing_columns(part, records.features)
         known[key] = _good_records(records, rules, len if processor is None else processor.count_tokens, args)
     records, bad = known[key]
@@ -281,6 +292,7 @@ def _encoded_records(
             "with `mars-hf data encode` first, or give `assume`."
         )
     asked = [part.source, sorted(part.columns.items()), part.encode, rules.super_resolution_factor]
+    asked.append(asdict(rules.of_records))
     folder = Path(args.output_dir) / f"codes-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}"
     size = None
     if "size" in (encode := part.encode or {}):
@@ -293,7 +305,9 @@ def _encoded_records(
             options: dict[str, Any] = {"rules": rules.of_records, "lowres_factor": rules.super_resolution_factor}
             options["source"] = source_fingerprint(part.source, split)
             vqgan = model.vqgan.to(args.device)
-            encode_records(pictures, folder, vqgan, processor.image_processor, size, split, **options)
+            _tell(
+                part.source, encode_records(pictures, folder, vqgan, processor.image_processor, size, split, **options)
+            )
             vqgan.to("cpu")
     return open_records(folder, split, vqgan=model.vqgan)
 
@@ -361,9 +375,12 @@ def _refuse_missing_columns(part: DataPart, features: Features) -> None:
 
 def tell_bad_records(source: CheckedSource) -> None:
     """Log what was left out of a source, if anything was."""
-    bad = source.bad_records
+    _tell(source.name, source.bad_records)
+
+
+def _tell(name: str, bad: BadRecords) -> None:
     if bad.reasons or bad.num_long_captions:
-        logger.warning(f"{source.name}: {bad}")
+        logger.warning(f"{name}: {bad}")
 
 
 def tell_streams(sources: Sequence[CheckedSource], args: TrainingArguments) -> None:
@@ -386,7 +403,7 @@ def _caption_writer(part: DataPart, rules: RecordRules) -> Callable[[dict[str, A
     return lambda record, rng: mix.choose(captions_of(record, rules), rng.getrandbits(32), 0)
 
 
-def rows_of_an_epoch(parts: Sequence[DataPart], sources: Sequence[Source]) -> int | None:
+def rows_of_an_epoch(sources: Sequence[Source]) -> int | None:
     """
     Count the rows of one pass over a recipe's data: records that several tasks show count once.
 
@@ -395,8 +412,7 @@ def rows_of_an_epoch(parts: Sequence[DataPart], sources: Sequence[Source]) -> in
     """
     if any(source.is_stream for source in sources):
         return None
-    once = {(part.source, part.split): len(source.records) for part, source in zip(parts, sources, strict=True)}
-    return sum(once.values())
+    return sum({id(source.records): len(source.records) for source in sources}.values())
 
 
 __all__ = ["CheckedSource", "RowRules", "build_source", "build_sources", "rows_of_an_epoch", "tell_streams"]
