@@ -37,6 +37,8 @@ class Results:
 
     def __init__(self, file: Path | None, is_resumed: bool, parts: tuple[str, ...], settings: dict[str, Any]):
         self.file = file
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
         self.data = {"machine": machine(), "settings": settings, **{part: {} for part in parts}}
         if is_resumed and file is not None and file.exists():
             found = json.loads(file.read_text())

@@ -34,6 +34,8 @@ parser.add_argument("--languages", nargs="+", choices=("en", "zh"), default=["en
 parser.add_argument("--pictures", type=int, default=400)
 parser.add_argument("--json", type=Path, help="write the scores to this file too, after each row")
 options = parser.parse_args()
+if options.json:
+    options.json.parent.mkdir(parents=True, exist_ok=True)
 
 torch.set_flush_denormal(True)
 model = MarsForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32).eval()

@@ -45,6 +45,8 @@ parser.add_argument("--temperature", type=float, help="0 is greedy; default: the
 parser.add_argument("--top-k", type=int, help="default: the checkpoint's")
 parser.add_argument("--json", type=Path, help="write the scores to this file too")
 options = parser.parse_args()
+if options.json:
+    options.json.parent.mkdir(parents=True, exist_ok=True)
 
 torch.set_flush_denormal(True)
 model = MarsForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32).eval()

@@ -35,6 +35,8 @@ parser.add_argument("--stories", type=int, default=50)
 parser.add_argument("--seed", type=int, default=0, help="of the pictures' sampler")
 parser.add_argument("--json", type=Path, help="write the scores to this file too")
 options = parser.parse_args()
+if options.json:
+    options.json.parent.mkdir(parents=True, exist_ok=True)
 
 torch.set_flush_denormal(True)
 model = MarsForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32).eval()

@@ -369,7 +369,8 @@ def memory_table(memory: dict[str, dict[str, int]]) -> str:
 def main() -> None:
     if options.memory_of:
         return print(json.dumps(memory_of(options.memory_of)))
-    settings = {**{name: getattr(options, name) for name in NUMBERS}, "lengths": str(options.lengths)}
+    settings = {name: getattr(options, name) for name in NUMBERS}
+    settings |= {"lengths": str(options.lengths), "emoji_codes": str(options.emoji_codes)}
     results = Results(options.json, options.resume, PARTS, settings)
     if "packing" in options.parts:
         results.measured("packing", "packing", measure_packing)

@@ -18,9 +18,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import yaml
+from datasets import Dataset
 from PIL import Image, ImageFile
 from typer.testing import CliRunner
 
@@ -28,7 +30,7 @@ from mars_hf.cli import app
 from mars_hf.data.build import pictures, pipeline, readers
 from mars_hf.data.build.duplicates import NearDuplicates
 from mars_hf.data.build.pipeline import build_dataset
-from mars_hf.data.build.recipe import Recipe, load_recipe, make_recipe
+from mars_hf.data.build.recipe import Filter, Recipe, Resize, load_recipe, make_recipe
 from mars_hf.data.build.writers import read_records
 
 SIZE = (96, 64)
@@ -706,6 +708,11 @@ SOURCES = [{"name": "raw", "kind": "folder", "path": "raw"}]
         ({"filter": {"min_sdie": 3}}, "`filter` knows no min_sdie. It knows min_side"),
         ({"filter": {"min_side": "large"}}, "`filter`.*min_side.*'large'"),
         ({"filter": [3]}, "`filter` must hold settings by name"),
+        ({"duplicates": False}, "`duplicates` must hold settings by name, got False"),
+        ({"decode": {"max_file_bytes": 0}}, "`max_file_bytes` must be 1 or more, got 0"),
+        ({"clip": {"model": "c", "batch_size": 0}}, "`batch_size` must be 1 or more, got 0"),
+        ({"recaption": {"model": "x", "prompts": {"en": "?"}, "max_new_tokens": 0}}, "`max_new_tokens` must be 1"),
+        ({"samples": -1}, "`samples` must be 0 or more, got -1"),
         ({"sources": []}, "one or more"),
         ({"sources": [{"name": "raw", "kind": "folder"}]}, r"`sources\[0\]` needs path"),
         ({"sources": SOURCES * 2}, "each with a name of its own"),
@@ -767,3 +774,62 @@ def test_a_failure_of_the_machine_is_not_taken_for_a_damaged_file(monkeypatch, e
     monkeypatch.setitem(readers.READERS, "parquet", lambda *_: (_ for _ in ()).throw(OSError("not a parquet file")))
     (item,) = readers.read_items(SimpleNamespace(path="a.parquet"), source, 1000)
     assert item.reason == "unreadable_shard"
+
+
+class Unauthorised(OSError):
+    """What the Hub answers when a token has expired: it has no errno."""
+
+
+@pytest.mark.parametrize("error", [Unauthorised("401"), RuntimeError("read timed out"), OSError(5, "input or output")])
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+def test_a_file_that_fails_while_it_is_read_ends_the_build(tmp_path: Path, monkeypatch, kind: str, error) -> None:
+    import fsspec
+
+    class Broken(io.BytesIO):
+        def read(self, *args):
+            raise error
+
+    class Opened:
+        def __enter__(self):
+            return Broken(b"x" * 1000)
+
+        def __exit__(self, *args):
+            pass
+
+    monkeypatch.setattr(fsspec, "open", lambda *args: Opened())
+    source = SimpleNamespace(kind=kind, image="image", key=None, caption_en="caption", caption_zh=None)
+    with pytest.raises((ConnectionError, OSError)):
+        list(readers.read_items(SimpleNamespace(path="hf://a.tar", name="a"), source, 1000))
+
+
+def test_pictures_that_are_gone_end_the_build_and_are_not_left_out(raw: Path) -> None:
+    recipe = make_recipe({"sources": [folder_source(raw)]})
+    (shard, *_) = readers.list_shards(recipe.sources[0])
+    (raw / shard.files[0]).unlink()
+    with pytest.raises(FileNotFoundError):
+        list(readers.read_items(shard, recipe.sources[0], 10**6))
+
+
+def test_no_memory_to_decode_says_nothing_of_the_picture(raw: Path, monkeypatch) -> None:
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        pictures.decode_picture((raw / "0.png").read_bytes(), "png", make_recipe({"sources": SOURCES}).decode)
+
+
+def test_a_strip_that_would_be_too_large_when_scaled_is_refused() -> None:
+    with pytest.raises(pictures.Refused, match="too many pixels when scaled"):
+        pictures.check_shape(16, 40_000, Filter(), Resize(512), 64_000_000)
+    pictures.check_shape(16, 3_000, Filter(), Resize(512), 64_000_000)
+
+
+def test_columns_that_a_data_set_does_not_have_are_named_before_the_build(tmp_path: Path, monkeypatch) -> None:
+    Dataset.from_list([{"image": {"bytes": b"x", "path": None}, "text": "a"}]).to_parquet(tmp_path / "a.parquet")
+    source = {"name": "raw", "kind": "datasets", "path": str(tmp_path), "caption_en": "text", "caption_zh": "nonsense"}
+    with pytest.raises(ValueError, match="has no column nonsense; there are image, text"):
+        readers.list_shards(make_recipe({"sources": [source]}).sources[0])
+    rows = Dataset.from_list([{"image": {"bytes": None, "path": "/elsewhere/a.png"}, "text": "a"}])
+    rows = rows.cast_column("image", datasets.Image(decode=False))  # as of a folder with a zip in it
+    monkeypatch.setattr(readers, "_load_rows", lambda *args: rows)
+    del source["caption_zh"]
+    with pytest.raises(ValueError, match="are files elsewhere, such as a.png"):
+        readers.list_shards(make_recipe({"sources": [source]}).sources[0])

@@ -348,6 +348,16 @@ def test_codes_that_do_not_fit_the_size_of_pictures_are_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_that_describes_no_pictures_is_refused_before_any_work(
+    tmp_path: Path, raw: Path, make_text_model
+) -> None:
+    make_text_model().save_pretrained(tmp_path / "text")
+    recaption = {"model": str(tmp_path / "text"), "prompts": {"en": "What?"}}
+    with pytest.raises(ValueError, match="is a qwen2, which describes no pictures"):
+        build_dataset(recipe_of(tmp_path / "out", folder_source(raw), recaption=recaption), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 # Captions
 
 

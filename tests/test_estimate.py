@@ -246,6 +246,11 @@ def test_the_command_line_refuses_impossible_numbers(option, message):
     assert done.exit_code == 2 and message in done.stderr
 
 
+def test_a_run_has_at_least_one_step(recipe, tmp_path):
+    file = Recipe.load(tmp_path / "recipe.yaml")
+    assert estimate_cost(file, gpus=64).steps == 1
+
+
 def test_the_command_line_prints_tables_or_json_and_writes_nothing(recipe, tmp_path):
     file, before = str(tmp_path / "recipe.yaml"), sorted(tmp_path.rglob("*"))
     done = CliRunner().invoke(app, ["train", file, "--dry-run", "--gpus", "2"])

@@ -91,6 +91,8 @@ def test_knobs_come_from_the_run_then_the_checkpoint_then_the_library(tiny_model
     tiny_model.generation_config.image_defaults = {}
     asked = [Drawer(tiny_model, tiny_processor, run, 16, 16).sampling for run in (RunConfig(top_k=9), RunConfig())]
     assert [one["do_sample"] for one in asked] == [True, False] and asked[0]["top_k"] == 9
+    every = Drawer(tiny_model, tiny_processor, RunConfig(top_k=0), 16, 16).sampling
+    assert every["do_sample"] is True and every["top_k"] == 0
 
 
 def test_an_interrupted_run_draws_only_what_is_missing(tmp_path: Path) -> None:
@@ -253,12 +255,39 @@ def test_coco_prompts_take_one_caption_of_each_picture(tmp_path: Path) -> None:
         ('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}', "two prompts have the id '1'"),
         ('{"prompt": "a", "picture": "a.png"}\n{"prompt": "b"}', "some prompts have a `picture`"),
         ('{"prompt": "a", "parts": {"nouns": []}}', "`parts` is an object of noun_phrases"),
+        ('{"prompt": "a", "parts": {"noun_phrases": "a red apple"}}', "`parts.noun_phrases` must be a list of texts"),
+        ('{"prompt": "a", "parts": {"objects": ["cat"]}}', "`parts.objects` are the two whose places"),
+        (
+            '{"prompt": "a", "group": "spatial", "parts": {"objects": ["cat", "dog"]}}',
+            "the group spatial has them and",
+        ),
+        ('{"prompt": "a", "parts": {"place": "left of"}}', "`parts.place` must be one of .*on the left of"),
+        ('{"prompt": "a", "parts": {"aspects": ["action"]}}', "`parts.aspects` are attribute, spatial, non_spatial"),
     ],
 )
 def test_bad_files_of_prompts_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "prompts.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         JsonlPrompts(str(tmp_path / "prompts.jsonl")).load()
+
+
+def test_true_pictures_are_upright_with_white_behind_them(tmp_path: Path) -> None:
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # by a quarter
+    Image.new("RGB", (8, 4), "red").save(tmp_path / "turned.jpg", exif=turned)
+    lines = [{"prompt": name, "picture": name} for name in ("clear.png", "turned.jpg")]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    prompts = JsonlPrompts(str(tmp_path / "prompts.jsonl")).load()
+    assert prompts.reference(0).getpixel((0, 0)) == (255, 255, 255) and prompts.reference(1).size == (4, 8)
+    assert References(prompts, 4, 4)([Task(prompts.prompts[0], 0, 0, 0)])[0].getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_value_of_a_run_without_any_is_set(tmp_path: Path) -> None:
+    written = {"prompts": {"kind": "jsonl", "file": "x"}, "drawing": {"height": 8, "width": 8}, "out": "out"}
+    written["metrics"] = {"clip_score": {"clip": "x"}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**written, "runs": {"plain": None}}))
+    assert load_config(str(tmp_path / "mine.yaml"), ["runs.plain.top_k=5"]).runs["plain"].top_k == 5
 
 
 # Configurations
@@ -495,6 +524,7 @@ def test_geneval_is_measured_with_models_of_its_classes(setting, tmp_path: Path,
             {"runs": {"four": {"codes_per_step": 4, "pictures_per_prompt": 2}}},
             "Run four: The checkpoint was not trained",
         ),
+        ({"runs": {"two": {"negative_prompt": "a" * 200, "pictures_per_prompt": 2}}}, "Run two: .*only 128 fit"),
         ({"metrics": {"frechet": {"inception": "none.pth"}}}, "none.pth does not exist"),
         ({"metrics": {"compbench": {}}}, "T2I-CompBench has color"),
         ({"metrics": {"geneval": {"detector": "clip"}}}, "clip holds a CLIPModel; GenEval needs a Mask2Former"),
@@ -533,6 +563,7 @@ def test_the_command_line_prints_the_table_and_tells_mistakes_in_one_line(settin
 
 @pytest.mark.integration
 def test_two_processes_draw_what_one_draws(setting, tmp_path: Path) -> None:
+    setting["metrics"]["frechet"] = {"clip": setting["metrics"]["clip_score"]["clip"], "resamples": 2}
     Path("config.yaml").write_text(yaml.safe_dump(setting))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "mars_hf.cli"]
     for out, command in (("one", [sys.executable, "-m", "mars_hf.cli"]), ("two", launch)):

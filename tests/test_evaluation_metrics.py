@@ -164,6 +164,7 @@ def test_inception_is_torchmetrics_own_and_sees_bytes(tmp_path: Path, monkeypatc
         InceptionEncoder(tmp_path / "weights.pth")
     (tmp_path / "weights.pth").write_bytes(b"weights")
     encoder = InceptionEncoder(tmp_path / "weights.pth")
+    assert encoder.model.use_antialias is False and encoder.name.startswith("inception-tf1-")
     assert encoder.model.made_of == ("inception-v3-compat", ["2048"], str(tmp_path / "weights.pth"))
     assert encoder.images([Image.new("RGB", (4, 4), (1, 2, 3))]).tolist() == [[2.0, 4.0, 6.0]]
 

@@ -60,6 +60,20 @@ def test_votes_for_a_folder_count_for_it_on_whichever_side_it_stands(study: Path
     assert quality.interval == pytest.approx((1 / (1 + 1.959964**2 / 10), 1.0), abs=1e-6)
 
 
+def test_a_participant_who_saves_again_counts_once(study: Path) -> None:
+    sides = ["left" if pair[0] == RED else "right" for pair in shown(study)]
+    of_one = [{"0-quality": "equal"}, {"0-quality": sides[0]}]
+    files = []
+    for number, votes in enumerate(of_one):
+        files.append(save_votes(study, f"votes-{number}.json", votes))
+        content = {**json.loads(files[-1].read_text()), "voter": "a1", "saved": 10 - number}
+        files[-1].write_text(json.dumps(content))
+    other = save_votes(study, "votes-2.json", {"0-quality": sides[0]})
+    quality, _ = tally(study / "key.json", [*files, other, other])
+    assert (quality.first, quality.equal) == (1, 1)  # the first file was saved last, and one was named twice
+    assert "voter" in (study / "study.html").read_text()
+
+
 def test_the_page_tells_nothing_of_whose_a_picture_is_and_runs_no_prompt(study: Path) -> None:
     page = (study / "study.html").read_text()
     assert "first" not in page and "second" not in page and "key" not in page

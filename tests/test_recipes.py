@@ -84,6 +84,13 @@ def test_the_papers_numbers_stand_in_its_recipes():
         (["training", "use_cpu"], True, "`training.use_cpu` is set elsewhere: .*CUDA_VISIBLE_DEVICES"),
         (["training", "label_smoothing_factor"], 0.1, "is set elsewhere: see `loss.label_spread`"),
         (["training", "train_sampling_strategy"], "random", "is set elsewhere: rows are shuffled by the recipe's own"),
+        (["training", "save_strategy"], "epoch", "`training.save_strategy: epoch` would come once, at the end"),
+        (["training", "adam_epsilon"], "small", "`training.adam_epsilon`"),
+        (["data", 0, "share"], 0, "`data.share` must be above 0, got 0"),
+        (["data", 0, "code_noise"], 1.5, "`data.code_noise` is a share between 0 and 1, got 1.5"),
+        (["data", 0, "drop_caption"], -1, "`data.drop_caption` is a share between 0 and 1, got -1"),
+        (["loss"], {"label_spread": -0.1}, "`loss.label_spread` is a distance and cannot be negative, got -0.1"),
+        (["packing"], 0, "`packing` is a number of tokens, got 0"),
         (["data", 0, "encode"], {"side": 8}, "`data.encode.side` is no key"),
         (["data", 0, "encode"], {"size": [8, 8], "short_side": 8}, "`size: .height, width.` or `short_side`"),
         (["data", 0, "encode"], {"size": [8]}, "`data.encode.size` is a height and a width in pixels, got .8."),
@@ -121,6 +128,23 @@ def test_the_papers_numbers_stand_in_its_recipes():
 def test_a_recipe_that_is_wrong_is_refused_with_the_place(tmp_path, path, value, message):
     with pytest.raises(ValueError, match=message):
         Recipe.load(written(tmp_path, changed(path, value)))
+
+
+def test_numbers_and_switches_are_read_as_they_are_meant(tmp_path, monkeypatch):
+    file = written(tmp_path, GOOD)
+    file.write_text(file.read_text() + "  adam_epsilon: 1e-7\n  save_strategy: no\n  fp16: true\n")
+    recipe = Recipe.load(file)
+    assert recipe.training["adam_epsilon"] == 1e-7 and recipe.training["save_strategy"] == "no"
+    monkeypatch.setattr(run, "is_bfloat16_fast", lambda: True)
+    monkeypatch.setattr(run, "TrainingArguments", lambda **settings: settings)
+    assert run.training_arguments(recipe, tmp_path)["bf16"] is False
+
+
+def test_a_stream_and_several_workers_contradict_each_other(tmp_path):
+    stream = {**GOOD["data"][0], "streaming": True}
+    training = {**GOOD["training"], "dataloader_num_workers": 2}
+    with pytest.raises(ValueError, match="A stream is read by one worker.*got 2"):
+        Recipe.load(written(tmp_path, {**GOOD, "data": [stream], "training": training}))
 
 
 def test_arguments_of_an_optimizer_that_does_not_run_are_refused(tmp_path):
@@ -226,6 +250,13 @@ def test_each_stage_trains_the_visual_part_and_leaves_a_complete_model(folder, s
     log = json.loads((folder / "run" / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert losses[-1] < losses[0]
+
+
+def test_a_model_without_visual_experts_takes_another_configuration(make_model, tiny_processor, tmp_path):
+    make_model(use_visual_expert=False).save_pretrained(tmp_path / "plain")
+    tiny_processor.save_pretrained(tmp_path / "plain")
+    model, _ = build_model(ModelPart(base=str(tmp_path / "plain"), config={"default_image_size": 32}))
+    assert model.config.default_image_size == 32 and model.model.layers[0].mlp.up_proj.weight.requires_grad
 
 
 def test_other_weights_than_the_base_has_are_refused(folder):

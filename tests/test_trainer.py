@@ -436,7 +436,31 @@ def test_evaluation_gives_the_loss_of_each_task(make_tiny, tiny_processor, tmp_p
     model, data = make_tiny(), mixture(tiny_processor)
     trainer = trainer_of(model, data, tmp_path, eval_dataset=data, changes={"per_device_eval_batch_size": 2})
     metrics = trainer.evaluate()
-    assert metrics["eval_loss"] > 0 and "eval_captioning/loss" in trainer.state.log_history[-1]
+    assert metrics["eval_loss"] > 0 and metrics.keys() >= {"eval_captioning/loss", "epoch"}
+    assert "eval_captioning/loss" in trainer.state.log_history[-1]
+    for prefix in ("eval_a", "test"):
+        trainer._notes["captioning"] = torch.ones(6)  # of training, which an evaluation leaves alone
+        trainer.predict(data)  # and what it notes is nobody else's
+        again = trainer.evaluate(metric_key_prefix=prefix)
+        assert again[f"{prefix}_captioning/loss"] == metrics["eval_captioning/loss"]
+        assert trainer._notes.pop("captioning").tolist() == [1.0] * 6 and not trainer._notes
+
+
+def test_arguments_that_would_have_no_effect_are_refused(make_tiny, tmp_path):
+    for options in (
+        {"compute_metrics": print},
+        {"compute_loss_func": print},
+        {"changes": {"label_smoothing_factor": 0.1}},
+    ):
+        with pytest.raises(ValueError, match="has no effect: the loss is computed without whole logits"):
+            trainer_of(make_tiny(), [], tmp_path, **options)
+
+
+def test_labels_that_are_never_predicted_are_refused(make_tiny, tiny_processor):
+    row = tiny_processor.training_example("text-to-image", "a", range(16), 16, 16)
+    ShiftedRow.of(row, make_tiny().config)
+    with pytest.raises(ValueError, match="specials that are never predicted, such as `</img>`"):
+        ShiftedRow.of({**row, "labels": row["input_ids"]}, make_tiny().config)
 
 
 def test_muon_takes_the_matrices_of_layers_and_adamw_all_else_that_trains(make_model):
@@ -595,6 +619,8 @@ def test_what_trains_beside_an_adapter_and_would_not_be_saved_is_refused(make_ti
     adapted.get_base_model().vision_head.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="1 trainable parameters are no part.*vision_head.weight.*modules_to_save"):
         trainer_of(adapted, [], tmp_path)
+    visual = r".*visual_[qkv]_proj"
+    trainer_of(get_peft_model(make_tiny(), LoraConfig(r=4, target_modules=visual, bias="lora_only")), [], tmp_path)
 
 
 def as_stream(rows):

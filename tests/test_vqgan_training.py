@@ -131,6 +131,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(images, tmp_path):
     resumed = train(tmp_path / "b", 6)
     for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+    other = VqganTrainingArguments(max_steps=6, batch_size=2, warmup_steps=1, eval_steps=9, save_steps=3)
+    with pytest.raises(ValueError, match="of a run with `batch_size` 4, now it is 2"):
+        VqganTrainer(VQModel(**TINY), images, other, tmp_path / "b").train(bf16=False)
 
 
 def test_missing_sizes_are_refused(images, tmp_path):

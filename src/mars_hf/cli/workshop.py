@@ -141,7 +141,8 @@ def data_build(
     config: Annotated[str, typer.Argument(help="YAML file, or the name of one that comes with the package: paper.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write to. [default: `out` in CONFIG]")] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Tasks at a time; 0 works without Ray. [default: `engine.workers` in CONFIG]")
+        int | None,
+        typer.Option(min=0, help="Tasks at a time; 0 works without Ray. [default: `engine.workers` in CONFIG]"),
     ] = None,
     show: Annotated[bool, typer.Option("--show", help="Print CONFIG and do nothing.")] = False,
     debug: Debug = False,

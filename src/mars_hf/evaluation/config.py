@@ -326,7 +326,9 @@ def _set(values: Any, change: str) -> None:
     name, equals, text = change.partition("=")
     *parents, last = name.split(".")
     for parent in parents:
-        values = values.setdefault(parent, {}) if isinstance(values, dict) else None
+        if isinstance(values, dict) and values.get(parent) is None:  # also what stands there empty
+            values[parent] = {}
+        values = values[parent] if isinstance(values, dict) else None
     if not equals or not isinstance(values, dict):
         raise ValueError(f"A change is written like prompts.limit=100, got {change!r}.")
     values[last] = yaml.safe_load(text)

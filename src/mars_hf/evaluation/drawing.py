@@ -11,7 +11,9 @@ from transformers import BatchFeature
 from transformers.generation import BaseStreamer
 
 from .. import MarsForConditionalGeneration, MarsProcessor
+from ..code_order_mars import check_code_order
 from ..drawing_mars import GUIDANCE_SCHEDULES
+from ..image_processing_mars import to_rgb
 from ..super_resolution_mars import Enlarger
 from .config import RunConfig
 from .pictures import Task
@@ -69,6 +71,7 @@ class Drawer:
             raise ValueError("The checkpoint has no VQ-GAN (`config.vq_config`): it cannot make pictures of codes.")
         if height % factor or width % factor:
             raise ValueError(f"Height and width must be multiples of {factor}, got {height} and {width}.")
+        check_code_order(height // factor, width // factor, self.sampling["codes_per_step"], model.config.code_order)
         if self.sampling["guidance_schedule"] not in GUIDANCE_SCHEDULES:
             raise ValueError(
                 f"`guidance_schedule` must be one of {', '.join(GUIDANCE_SCHEDULES)}, got "
@@ -79,7 +82,8 @@ class Drawer:
         """Give every knob its value: the run's, else the checkpoint's, else `generate`'s."""
         own = self.model.generation_config
         asked = asdict(run)
-        if asked["do_sample"] is None and any(asked[name] for name in ("temperature", "top_k", "top_p", "min_p")):
+        knobs = ("temperature", "top_k", "top_p", "min_p")
+        if asked["do_sample"] is None and any(asked[name] is not None for name in knobs):
             asked["do_sample"] = True  # who asks how to sample, asks to sample
         sources = [asked, getattr(own, "image_defaults", None) or {}, vars(own), GENERATE_DEFAULTS]
         values = {n: next((s[n] for s in sources if s.get(n) is not None), None) for n in GENERATE_DEFAULTS}
@@ -173,7 +177,7 @@ class References:
         return {"height": self.size[1], "width": self.size[0], "pictures": "true"}
 
     def __call__(self, tasks: list[Task]) -> list[Image.Image]:
-        true = (self.prompts.reference(task.number).convert("RGB") for task in tasks)
+        true = (to_rgb(self.prompts.reference(task.number)) for task in tasks)
         return [
             one if one.size == self.size else ImageOps.fit(one, self.size, Image.Resampling.BICUBIC) for one in true
         ]

@@ -173,7 +173,8 @@ class InceptionEncoder:
         from torchmetrics.image.fid import NoTrainInceptionV3
 
         self.model = NoTrainInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights))
-        self.name = f"inception-{fingerprint(weights)[:16]}"
+        self.model.use_antialias = False  # FID resizes as TensorFlow 1 did, torchmetrics by default otherwise
+        self.name = f"inception-tf1-{fingerprint(weights)[:16]}"
 
     def to(self, device: torch.device) -> "InceptionEncoder":
         self.model.to(device)

@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .. import MarsForConditionalGeneration, MarsProcessor
+from ..picture_files import replace_file
 from .compbench import CompBench, Detector, QuestionAnswerer
 from .config import EvaluationConfig, RunConfig
 from .drawing import Drawer, Reconstructions, References
@@ -32,7 +33,7 @@ from .metrics import (
     mean_interval,
     retrieval_hits,
 )
-from .pictures import PictureFolder, Processes, write_atomically
+from .pictures import PictureFolder, Processes
 from .provenance import checkpoint_folder, fingerprint, library_versions
 from .results import Score, as_rows, report
 
@@ -181,7 +182,9 @@ class Evaluation:
 
     def _drawer(self, name: str, run: RunConfig, height: int, width: int) -> Drawer:
         try:
-            return Drawer(self.model, self.processor, run, height, width)
+            drawer = Drawer(self.model, self.processor, run, height, width)
+            drawer.prepare([prompt.text for prompt in self.prompts.prompts])  # refuses those that do not fit
+            return drawer
         except ValueError as error:
             raise ValueError(f"Run {name}: {error}") from None
 
@@ -251,8 +254,8 @@ class Evaluation:
             "versions": library_versions(),
             "config": asdict(self.config),
         }
-        write_atomically(self.out / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-        write_atomically(self.out / "results.md", report(results, scores, self.config.paper_tables))
+        replace_file(self.out / "results.json", (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
+        replace_file(self.out / "results.md", report(results, scores, self.config.paper_tables).encode())
         return results
 
     def _evaluators(self) -> dict[str, str]:
@@ -280,6 +283,9 @@ class Evaluation:
     def _scores(self) -> Iterator[Score]:
         """Yield every score: run by run, single pictures before the best of N."""
         self.texts = {path: self._texts(path, [p.text for p in self.prompts.prompts]) for path in self.clips}
+        asked = self.config.metrics.compbench
+        if self.compbench is not None and asked.clip:
+            self.compbench_texts = self._texts(asked.clip, self.compbench.clip_texts())
         totals = {run: self._benchmark_totals(run) for run in self.config.runs}
         order = [*self.config.runs, *(name for name in self.folders if name not in self.config.runs)]
         for run in tqdm(order, desc="Computing scores", unit="run", disable=not self.show):
@@ -301,8 +307,9 @@ class Evaluation:
 
     def _texts(self, path: str, texts: list[str]) -> torch.Tensor:
         features, cut = self.clips[path].texts(texts)
-        if cut:
-            self.notes.append(f"{cut} of {len(texts)} prompts were longer than {path} reads and were cut for it.")
+        note = f"{cut} of {len(texts)} prompts were longer than {path} reads and were cut for it."
+        if cut and note not in self.notes:
+            self.notes.append(note)
         return features
 
     def _group_scores(
@@ -355,8 +362,6 @@ class Evaluation:
         folder, bench = self.folders[run], self.compbench
         rows = {aspect: folder.measured(name) for aspect, name, *_ in self._compbench_parts()}
         if clip := self.config.metrics.compbench.clip:
-            texts = self._texts(clip, bench.clip_texts())
-            rows["non_spatial"] = torch.cosine_similarity(
-                folder.measured(self.clips[clip].name), texts[:, None], dim=-1
-            )
+            pictures = folder.measured(self.clips[clip].name)
+            rows["non_spatial"] = torch.cosine_similarity(pictures, self.compbench_texts[:, None], dim=-1)
         return bench.total(rows)

@@ -24,6 +24,8 @@ PLACES = (
 COMPLEX_PLACES = (("on", "top", "of"), ("on", "bottom", "of"), ("on", "the", "left"), ("on", "the", "right"))
 COMPLEX_PLACES += (("next", "to"), ("on", "side", "of"), ("near",))
 
+ASPECTS = ("attribute", "spatial", "non_spatial")
+
 # Noun phrases that name no thing, and the most that are asked about: as in the benchmark's scripts.
 NO_THINGS = ("top", "the side", "the left", "the right")
 MAX_PHRASES = 8

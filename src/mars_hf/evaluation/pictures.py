@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from ..picture_files import replace_file
 from .prompts import Prompt, PromptSet
 
 
@@ -70,13 +71,6 @@ def picture_seed(seed: int, prompt_id: str, sample: int) -> int:
         True
     """
     return int.from_bytes(hashlib.sha256(f"{seed}|{prompt_id}|{sample}".encode()).digest()[:7], "big")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Put a file in place in one step."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
 
 
 class PictureFolder:
@@ -149,7 +143,7 @@ class PictureFolder:
             raise ValueError(f"{self.path} is not empty and holds no pictures of an evaluation. Choose another `out`.")
         self.path.mkdir(parents=True, exist_ok=True)
         settings = {"decided_by": decided, "noted": noted}
-        write_atomically(file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        replace_file(file, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
 
     def draw(
         self,

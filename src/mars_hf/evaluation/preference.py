@@ -14,8 +14,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from .pictures import write_atomically
+from ..picture_files import replace_file
 
 QUESTIONS = {"quality": "Which picture looks better?", "alignment": "Which picture fits the text better?"}
 CHOICES = ("left", "right", "equal")
@@ -35,10 +36,11 @@ fieldset {{ border: 0 }} label {{ margin: 0 1rem }}
 <button type="submit">Save my votes</button>
 </form>
 <script>
+const voter = Array.from(crypto.getRandomValues(new Uint8Array(8)), byte => byte.toString(16)).join("");
 document.getElementById("votes").addEventListener("submit", event => {{
   event.preventDefault();
   const form = event.target, votes = Object.fromEntries(new FormData(form));
-  const content = JSON.stringify({{study: form.dataset.study, votes}});
+  const content = JSON.stringify({{study: form.dataset.study, voter, saved: Date.now(), votes}});
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([content], {{type: "application/json"}}));
   link.download = "votes-" + Date.now() + ".json";
@@ -101,9 +103,10 @@ def write_study(first: Path, second: Path, out: Path, num_pairs: int = 100, seed
         sections.append(_section(number, prompt[1], [pictures[swap][prompt], pictures[not swap][prompt]]))
     study = hashlib.sha256("".join(sections).encode()).hexdigest()[:16]
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "study.html", _PAGE.format(study=study, pairs="\n".join(sections)))
+    replace_file(out / "study.html", _PAGE.format(study=study, pairs="\n".join(sections)).encode())
     key = {"study": study, "first": str(first), "second": str(second), "first_is_right": swapped}
-    write_atomically(out / "key.json", json.dumps({**key, "prompts": [list(p) for p in chosen]}, ensure_ascii=False))
+    key["prompts"] = [list(prompt) for prompt in chosen]
+    replace_file(out / "key.json", json.dumps(key, ensure_ascii=False).encode())
     return len(chosen)
 
 
@@ -137,13 +140,26 @@ def _section(number: int, prompt: str, sides: Sequence[Path]) -> str:
     return f'<section><h2>{html.escape(prompt)}</h2><div class="pair">{images}</div>{questions}</section>'
 
 
+def _last_of_each(votes: Sequence[Path], study: str) -> list[tuple[Path, dict[str, Any]]]:
+    """Read files of votes; of a participant's several the last."""
+    last: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for path in votes:
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(saved, dict) or saved.get("study") != study:
+            raise ValueError(f"{path} holds no votes of the study {study}.")
+        voter = str(saved.get("voter") or Path(path).resolve())
+        if voter not in last or saved.get("saved", 0) >= last[voter][1].get("saved", 0):
+            last[voter] = (path, saved)
+    return list(last.values())
+
+
 def tally(key: Path, votes: Sequence[Path]) -> list[Preference]:
     """
-    Count the votes of a study.
+    Count the votes of a study, of each participant those that were saved last.
 
     Args:
         key (`Path`): `key.json` of the study.
-        votes (`Sequence[Path]`): Files that participants saved.
+        votes (`Sequence[Path]`): Files that participants saved; one who saved again is known by the page's own number.
 
     Raises:
         ValueError: If there are no votes, a file belongs to another study, or a vote is none.
@@ -155,10 +171,7 @@ def tally(key: Path, votes: Sequence[Path]) -> list[Preference]:
     counts = {name: {"first": 0, "second": 0, "equal": 0} for name in QUESTIONS}
     if not votes:
         raise ValueError("There are no files of votes to count.")
-    for path in votes:
-        saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(saved, dict) or saved.get("study") != content["study"]:
-            raise ValueError(f"{path} holds no votes of the study {content['study']}.")
+    for path, saved in _last_of_each(votes, content["study"]):
         for name, choice in saved["votes"].items():
             number, _, question = name.partition("-")
             if question not in QUESTIONS or choice not in CHOICES or not number.isdigit() or int(number) >= len(sides):

@@ -16,7 +16,8 @@ from huggingface_hub.dataclasses import strict
 from PIL import Image
 
 from ..data.text import with_style
-from .parts import CATEGORIES, PromptParts, load_parser, parse_prompt
+from ..image_processing_mars import to_rgb
+from .parts import ASPECTS, CATEGORIES, PLACES, PromptParts, load_parser, parse_prompt
 from .scenes import TASKS, Scene, read_scene
 
 
@@ -319,17 +320,36 @@ class JsonlPrompts:
             names = [part.name for part in fields(PromptParts)]
             if not isinstance(entry["parts"], dict) or any(key not in names for key in entry["parts"]):
                 raise ValueError(f"{where}: `parts` is an object of {', '.join(names)}.")
+            _check_parts(entry["parts"], where, is_spatial=entry.get("group") == "spatial")
             parts = {key: tuple(value) if isinstance(value, list) else value for key, value in entry["parts"].items()}
             entry["parts"] = PromptParts(**parts)
         return entry
+
+
+def _check_parts(parts: dict[str, Any], where: str, is_spatial: bool) -> None:
+    """Refuse parts of a prompt that T2I-CompBench would ask nonsense about."""
+    for name in ("noun_phrases", "objects", "aspects"):
+        value = parts.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise ValueError(f"{where}: `parts.{name}` must be a list of texts, got {value!r}.")
+    objects, place = parts.get("objects", []), parts.get("place")
+    if len(objects) not in (0, 2) or (is_spatial and not (objects and place)):
+        raise ValueError(
+            f"{where}: `parts.objects` are the two whose places are compared, and a prompt of the group spatial has "
+            f"them and a `place`; got {objects} and {place!r}."
+        )
+    if place not in (None, *PLACES):
+        raise ValueError(f"{where}: `parts.place` must be one of {', '.join(PLACES)}, got {place!r}.")
+    if unknown := [one for one in parts.get("aspects", []) if one not in ASPECTS]:
+        raise ValueError(f"{where}: `parts.aspects` are {', '.join(ASPECTS)}, got {unknown[0]!r}.")
 
 
 def _open(path: Path) -> Image.Image:
     """Open a true picture, or say which one cannot be opened."""
     try:
         with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
+            return to_rgb(picture)  # as in training: upright, white behind what is transparent
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"The true picture {path} cannot be read: {error}") from None
 
 

@@ -43,13 +43,18 @@ class ShiftedRow:
         Shift and cut a row. One without pictures teaches nothing: its text is the frozen language model's.
 
         Raises:
-            ValueError: If `input_ids` and `labels` differ in length.
+            ValueError: If `input_ids` and `labels` differ in length, or a label is no word, code or `<img>`.
         """
         ids, labels = torch.as_tensor(row["input_ids"]), torch.as_tensor(row["labels"])
         if ids.shape != labels.shape or ids.ndim != 1:
             raise ValueError(
                 f"A row needs `input_ids` and `labels` of one length, got shapes {tuple(ids.shape)} and "
                 f"{tuple(labels.shape)}."
+            )
+        if bool((labels > config.image_start_token_id).any()):
+            raise ValueError(
+                "`labels` hold specials that are never predicted, such as `</img>`. Label them -100, as the processor "
+                "does."
             )
         layout = PictureLayout.of(ids[None], config.image_token_offset, config.image_start_token_id)
         shifted, blocks = layout.shift_labels(labels[None])[0], layout.block_ids[0]

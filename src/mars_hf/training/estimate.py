@@ -116,7 +116,7 @@ class Method:
             is_spread=loss.label_spread > 0,
             optimizer=recipe.optimizer.name,
             checkpointing=checkpointing,
-            bf16=training.get("bf16", True),
+            bf16=training.get("fp16") or training.get("bf16", True),
             gpus=gpus,
         )
 
@@ -610,7 +610,7 @@ def estimate_cost(
         flops=copies * mean(one.model for one in flops),
         recomputed=copies * mean(one.recomputed for one in flops),
         rows=per_step,
-        steps=recipe.training["max_steps"] if epochs is None else int(epochs * rows / per_step),
+        steps=recipe.training["max_steps"] if epochs is None else max(int(epochs * rows / per_step), 1),
         utilisation=utilisation,
         peak_tflops=peak_tflops,
     )

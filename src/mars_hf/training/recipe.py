@@ -208,6 +208,11 @@ class DataPart:
 
     def __post_init__(self) -> None:
         self._check_encoding()
+        if self.share <= 0:
+            raise ValueError(f"`data.share` must be above 0, got {self.share}.")
+        for name in ("code_noise", "drop_caption"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`data.{name}` is a share between 0 and 1, got {getattr(self, name)}.")
         if self.streaming and self.balance:
             raise ValueError(
                 f"`data`: {self.source} is read as a stream, whose records cannot be balanced. Leave `streaming` or "
@@ -311,6 +316,8 @@ class LossPart:
     def __post_init__(self) -> None:
         if self.scope is not None:
             _refuse_unknown("loss.scope", self.scope, LOSS_SCOPES)
+        if self.label_spread < 0:
+            raise ValueError(f"`loss.label_spread` is a distance and cannot be negative, got {self.label_spread}.")
         if self.chunk_size < 1:
             raise ValueError(f"`loss.chunk_size` must be 1 position or more, got {self.chunk_size}.")
 
@@ -422,9 +429,17 @@ class Recipe:
                 f"`codes_per_step` lists every K that is trained, each 1 or more, got {self.codes_per_step}. Leave it "
                 f"out to train the stage's: {list(STAGES[self.stage].codes_per_step)}."
             )
+        if self.packing is not None and self.packing < 1:
+            raise ValueError(f"`packing` is a number of tokens, got {self.packing}. Leave it out to pad rows.")
         self._check_training()
+        if any(part.streaming for part in self.data) and self.training.get("dataloader_num_workers", 0) > 1:
+            raise ValueError(
+                "A stream is read by one worker: set `training.dataloader_num_workers` to 0 or 1, got "
+                f"{self.training['dataloader_num_workers']}."
+            )
 
     def _check_training(self) -> None:
+        self._type_training()
         if ("max_steps" in self.training) == ("num_train_epochs" in self.training):
             raise ValueError("`training` needs `max_steps` or `num_train_epochs`, and not both.")
         if "per_device_train_batch_size" not in self.training:
@@ -434,6 +449,12 @@ class Recipe:
                 "`training.eval_strategy` says how often `evaluation` looks: give both, `evaluation` with a `split`, "
                 "or none of them."
             )
+        for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+            if self.training.get(name) == "epoch":
+                raise ValueError(
+                    f"`training.{name}: epoch` would come once, at the end: a run is one plan of rows. Take `steps` "
+                    f"with `{name.removesuffix('_strategy')}_steps`; a number below 1 is a share of the run."
+                )
         for name, place in SET_ELSEWHERE.items():
             if name in self.training:
                 raise ValueError(f"`training.{name}` is set elsewhere: {place}.")
@@ -443,7 +464,16 @@ class Recipe:
                 f"`training.{min(of_adamw)}` has no effect with `optimizer.name: muon`, which brings its own AdamW. "
                 "Leave it out."
             )
-        _refuse_unknown_keys("training", self.training, _training_argument_names())
+
+    def _type_training(self) -> None:
+        """Read numbers and switches as `TrainingArguments` means them: YAML takes 1e-8 for a text, `no` for false."""
+        hints = _training_argument_types()
+        _refuse_unknown_keys("training", self.training, list(hints))
+        for name, value in self.training.items():
+            if name.endswith("_strategy") and value is False:
+                self.training[name] = "no"
+            elif isinstance(value, str) and hints[name] in (float, float | None):
+                self.training[name] = _checked(hints[name], value, f"training.{name}")
 
     def check_model(self, config: MarsConfig) -> None:
         """
@@ -530,10 +560,11 @@ def recipe_path(name: str | Path) -> Path:
     raise ValueError(f"There is no recipe {name}: give a YAML file, or one of {', '.join(names)}.")
 
 
-def _training_argument_names() -> list[str]:
+def _training_argument_types() -> dict[str, Any]:
     from transformers import TrainingArguments
 
-    return [one.name for one in fields(TrainingArguments)]
+    hints = get_type_hints(TrainingArguments)
+    return {one.name: hints[one.name] for one in fields(TrainingArguments)}
 
 
 def _refuse_unknown(name: str, value: Any, known: Any, where: str = "") -> None:

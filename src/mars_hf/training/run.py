@@ -82,7 +82,8 @@ def with_other_config(
     odd = fit.unexpected_keys + [name for name in fit.missing_keys if "visual_cell_embedding" not in name]
     if odd:
         raise ValueError(f"`model.config` {changes} asks for other weights than `model.base` has: {', '.join(odd)}.")
-    model.freeze_text()
+    if config.use_visual_expert:
+        model.freeze_text()
     model.generation_config = base.generation_config
     side = {"height": config.default_image_size, "width": config.default_image_size}
     processor.code_order, processor.super_resolution_factor = config.code_order, config.super_resolution_factor
@@ -107,7 +108,7 @@ def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
     batch_size = recipe.training["per_device_train_batch_size"]  # each is of one task
     settings = {
         "per_device_eval_batch_size": batch_size,
-        "bf16": is_bfloat16_fast(),
+        "bf16": is_bfloat16_fast() and not recipe.training.get("fp16", False),
         "save_total_limit": 2,
         "report_to": [],
         "enable_jit_checkpoint": True,

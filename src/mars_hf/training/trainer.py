@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import DynamicCache, Trainer, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from ..modeling_mars import MarsForConditionalGeneration, is_visual_parameter
@@ -36,7 +37,8 @@ class MarsTrainer(Trainer):
 
     Each optimizer step is the mean over the labels of all its batches, whatever the accumulation. Logged beside
     Trainer's own, over all processes: the loss of each task and its terms, and of the labels the share of codes in use
-    and their perplexity.
+    and their perplexity. The training data are read in their order: those of a recipe shuffle themselves, and batches
+    are of one task.
 
     Args:
         loss_scope (`str`, defaults to `"joint"`):
@@ -51,7 +53,7 @@ class MarsTrainer(Trainer):
 
     Raises:
         ValueError: If the loss scope is unknown, if `label_spread` has no codebook to go by, if an adapter would not
-            save all that trains, or if Muon's matrices are sharded.
+            save all that trains, if Muon's matrices are sharded, or an argument of the Trainer would have no effect.
     """
 
     def __init__(
@@ -78,6 +80,10 @@ class MarsTrainer(Trainer):
                 f"`label_spread={label_spread}` shares labels among codes that are near in the VQ-GAN's codebook, and "
                 "this model has no VQ-GAN. Train from a checkpoint with one, or set `label_spread` to 0."
             )
+        ignored = {"compute_metrics": self.compute_metrics, "compute_loss_func": self.compute_loss_func}
+        ignored["label_smoothing_factor"] = self.args.label_smoothing_factor or None
+        if given := [name for name, value in ignored.items() if value is not None]:
+            raise ValueError(f"`{given[0]}` has no effect: the loss is computed without whole logits. Leave it out.")
         trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         _refuse_what_an_adapter_does_not_save(self.model, trained)
         spread = neighbouring_codes(mars.vqgan.quantize.embedding.weight, label_spread) if label_spread else None
@@ -222,7 +228,15 @@ class MarsTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the losses of tasks and the statistics of codes since the last log; on every process, or on none."""
-        super().log({**logs, **self._task_logs("eval_loss" in logs)}, start_time)
+        ended = [name.removesuffix("_runtime") for name in logs if name.endswith("_runtime")]
+        prefix = next((name for name in ended if name != "train"), None)  # of an evaluation: `eval`, `eval_NAME`, ..
+        found = self._task_logs(prefix is not None)
+        logs |= {name if prefix is None else name.replace("eval", prefix, 1): value for name, value in found.items()}
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        self._notes = {kind: values for kind, values in self._notes.items() if not kind.startswith("eval_")}
+        return super().evaluation_loop(*args, **kwargs)
 
     def _take_notes(self, is_evaluation: bool) -> dict[str, torch.Tensor]:
         """Add up what all processes have noted: the tasks of their batches need not be the same."""
@@ -257,8 +271,14 @@ def _refuse_what_an_adapter_does_not_save(model: torch.nn.Module, trained: list[
     """Checkpoints of an adapted model hold the adapter alone: whatever else trains would be lost."""
     if not hasattr(model, "get_base_model"):
         return
-    marks = (model.base_model.prefix, "modules_to_save")
-    lost = [name for name in trained if not any(mark in name for mark in marks)]
+    from peft import get_peft_model_state_dict
+
+    saved = {
+        tensor.data_ptr()
+        for name in model.peft_config  # type: ignore[union-attr]
+        for tensor in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).values()
+    }
+    lost = [name for name in trained if model.get_parameter(name).data_ptr() not in saved]
     if lost:
         raise ValueError(
             f"{len(lost)} trainable parameters are no part of the adapter and would be in no checkpoint, {lost[0]} "
@@ -342,13 +362,12 @@ def frozen_hashes(model: torch.nn.Module) -> dict[str, str]:
 def prompt_states(model: MarsForConditionalGeneration, prompts: torch.Tensor, mask: torch.Tensor) -> list[tuple]:
     """Give each layer's keys and values of left-padded prompts `(batch, seq)`; nothing in them is trained."""
     cache = DynamicCache(config=model.config)
-    is_text = not bool((prompts >= model.config.image_token_offset).any())
     model.model(
         prompts,
         attention_mask=mask,
         position_ids=(mask.cumsum(1) - 1).clamp_min(0),
         past_key_values=cache,
-        modality="text" if is_text else None,
+        modality="text",
         use_cache=True,
     )
     return [(layer.keys, layer.values) for layer in cache.layers]

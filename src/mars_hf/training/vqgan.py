@@ -264,6 +264,13 @@ class VqganTrainer:
 
     def load_checkpoint(self) -> None:
         state = torch.load(self.checkpoint_file, map_location=self.vqgan.device, weights_only=True)
+        looks = ("eval_steps", "save_steps")
+        now, then = ({k: v for k, v in args.items() if k not in looks} for args in (asdict(self.args), state["args"]))
+        if changed := [name for name in now if now[name] != then.get(name)]:
+            raise ValueError(
+                f"{self.checkpoint_file} is of a run with `{changed[0]}` {then.get(changed[0])!r}, now it is "
+                f"{now[changed[0]]!r}. Take another folder, or the same arguments."
+            )
         self.vqgan.load_state_dict(state["vqgan"])
         self.codebook.load_state_dict(state["codebook"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -141,7 +141,8 @@ def load_head(path: Path, width: int) -> nn.Sequential:
     """
     tensors: Mapping[str, torch.Tensor] = Checkpoint.find(path)
     names = sorted((n for n in tensors if n.endswith("weight")), key=lambda n: [int(i) for i in re.findall(r"\d+", n)])
-    layers = [nn.utils.skip_init(nn.Linear, *reversed(tensors[name].shape)) for name in names]
+    is_matrix = all(tensors[name].ndim == 2 for name in names)
+    layers = [nn.utils.skip_init(nn.Linear, *reversed(tensors[name].shape)) for name in names] if is_matrix else []
     sizes = [width, *(layer.out_features for layer in layers)]
     chained = all(layer.in_features == size for layer, size in zip(layers, sizes, strict=False))
     if not layers or not chained or sizes[-1] != 1 or len(tensors) != 2 * len(layers):
@@ -242,6 +243,13 @@ def check_models(recipe: Recipe) -> dict[str, Any]:
     names = [*widths, *(stage.model for stage in (recipe.recaption,) if stage)]
     names += [stage.head for stage in (recipe.aesthetic,) if stage]
     found: dict[str, Any] = {name: _identity(name) for name in names}
+    if recipe.recaption:
+        config = AutoConfig.from_pretrained(recipe.recaption.model)
+        if type(config) not in AutoModelForImageTextToText._model_mapping:
+            raise ValueError(
+                f"{recipe.recaption.model} is a {config.model_type}, which describes no pictures: `recaption.model` "
+                "must be an image-text-to-text model."
+            )
     if recipe.codes:
         vqgan, _ = load_image_tokenizer(recipe.codes.model)
         found["codes"] = describe_tokenizer(vqgan)

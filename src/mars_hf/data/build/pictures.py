@@ -117,6 +117,8 @@ def decode_picture(data: bytes, extension: str | None, limits: Decode) -> Decode
             # `to_rgb` copies what is as it should be, too: twice.
             is_plain = picture.mode == "RGB" and not set(notes) - {"wrong_extension"}
             rgb = picture if is_plain else to_rgb(picture)
+        except MemoryError:
+            raise  # of the machine, and not of the picture
         except Exception as error:  # decoders raise whatever they like
             raise Refused("damaged", str(error.__cause__ or error)) from None
     if refused := [note for note in notes if note in limits.refuse]:
@@ -136,6 +138,8 @@ def _open(data: bytes) -> Image.Image:
         raise Refused("too_many_pixels", str(error)) from None
     except UnidentifiedImageError:
         raise Refused("not_a_picture", f"begins with {data[:8]!r}") from None
+    except MemoryError:
+        raise
     except Exception as error:
         raise Refused("damaged", str(error)) from None
 
@@ -167,13 +171,19 @@ def _without_exif(picture: Image.Image) -> Image.Image:
     return bare
 
 
-def check_shape(width: int, height: int, limits: Filter, resize: Resize | None = None) -> None:
+def check_shape(
+    width: int, height: int, limits: Filter, resize: Resize | None = None, max_pixels: int | None = None
+) -> None:
     """
     Apply the filter of size and shape.
 
     Raises:
-        Refused: If the picture is too small (also: smaller than the square of a code) or too elongated.
+        Refused: If the picture is too small (also: smaller than the square of a code) or too elongated (also: so much
+            that scaled it would have more than `max_pixels`).
     """
+    short, long = sorted((width, height))
+    if resize is not None and max_pixels is not None and resize.shortest_edge**2 * long > max_pixels * short:
+        raise Refused("too_elongated", f"{width} x {height}, too many pixels when scaled")
     if resize is not None and min(width, height) < resize.multiple_of:
         raise Refused("too_small", f"{width} x {height}, smaller than a code")
     if limits.min_side is not None and min(width, height) < limits.min_side:
@@ -233,7 +243,8 @@ def measure_item(item: Item, recipe: Recipe) -> dict[str, Any]:
         decoded = decode_picture(item.data, item.extension, recipe.decode)
         picture = decoded.picture
         row |= {"width": picture.width, "height": picture.height, "verbatim": decoded.verbatim}
-        check_shape(picture.width, picture.height, recipe.filter or Filter(), recipe.resize)
+        limits = (recipe.filter or Filter(), recipe.resize, recipe.decode.max_pixels)
+        check_shape(picture.width, picture.height, *limits)
         row["caption_characters"] = _longest(item.captions)  # for the report, should they be refused
         captions, notes = clean_captions(item.captions, recipe.captions)
         row |= {"notes": decoded.notes + notes, "caption_characters": _longest(captions)}

@@ -11,10 +11,12 @@ import hashlib
 import json
 import os
 import re
+import stat
 import tarfile
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -112,7 +114,7 @@ def _file_shards(source: Source) -> list[Shard]:
 
 
 def _folder_shards(source: Source) -> list[Shard]:
-    root = Path(source.path)
+    root = Path(source.path).absolute()  # workers on other machines have working folders of their own
     if not root.is_dir():
         raise ValueError(f"Source {source.name}: {root} is no folder.")
     names = []
@@ -160,6 +162,13 @@ def _state_of(root: Path, files: Iterable[str]) -> str:
 
 def _dataset_shards(source: Source) -> list[Shard]:
     rows = _load_rows(source.path, source.configuration, source.split, source.image)
+    named = {source.key, source.caption_en, source.caption_zh} - {None}
+    if missing := sorted(named - set(rows.column_names)):
+        raise ValueError(
+            f"Source {source.name}: {source.path} has no column {', '.join(missing)}; there are "
+            f"{', '.join(rows.column_names)}."
+        )
+    _refuse_pictures_elsewhere(rows, source)
     steps = range(0, len(rows), source.records_per_shard)
     cached = Path(rows.cache_files[0]["filename"]).parts if rows.cache_files else ()
     fingerprint = "/".join(cached[-2:])  # the folder's name is a hash of what was loaded
@@ -167,6 +176,21 @@ def _dataset_shards(source: Source) -> list[Shard]:
     return [
         Shard(source.name, "", source.path, size, fingerprint, start) for start, size in zip(steps, sizes, strict=True)
     ]
+
+
+def _refuse_pictures_elsewhere(rows: Any, source: Source) -> None:
+    """Of pictures that are files those in the data set's own folder are read; others would all be left out."""
+    from datasets import Image
+
+    cell = rows[0][source.image] if len(rows) and isinstance(rows.features[source.image], Image) else None
+    if cell is None or cell["bytes"] is not None or not cell["path"]:
+        return
+    root = Path(source.path).resolve()
+    if not root.is_dir() or not (root / cell["path"]).resolve().is_relative_to(root):
+        raise ValueError(
+            f"Source {source.name}: the pictures of {source.path} are files elsewhere, such as "
+            f"{PurePosixPath(cell['path']).name}, which are not read. Put them into a folder and take `kind: folder`."
+        )
 
 
 def read_items(shard: Shard, source: Source, max_file_bytes: int) -> Iterator[Item]:
@@ -201,14 +225,50 @@ def _is_of_the_machine(error: BaseException) -> bool:
     )
 
 
-def _read_tar(shard: Shard, source: Source, max_file_bytes: int) -> Iterator[Item]:
-    """Group consecutive members of one name, as WebDataset does, without ever going back in the file."""
+class _Opened:
+    """A file whose failures to read are those of the machine: of its bytes others judge."""
+
+    def __init__(self, file: Any):
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def read(self, *args: Any) -> bytes:
+        with _failures_of_the_machine():
+            return self._file.read(*args)
+
+
+@contextmanager
+def _failures_of_the_machine() -> Iterator[None]:
+    """Make of whatever a file system raises, such as an answer of the Hub, what ends the build and not the shard."""
+    try:
+        yield
+    except Exception as error:
+        if _is_of_the_machine(error):
+            raise
+        raise ConnectionError(f"{type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[_Opened]:
     import fsspec
 
+    opened = fsspec.open(path, "rb")
+    with _failures_of_the_machine():
+        file = opened.__enter__()
+    try:
+        yield _Opened(file)
+    finally:
+        opened.__exit__(None, None, None)
+
+
+def _read_tar(shard: Shard, source: Source, max_file_bytes: int) -> Iterator[Item]:
+    """Group consecutive members of one name, as WebDataset does, without ever going back in the file."""
     stem, group, failure = "", {}, None  # a group holds, all together, no more than one file may
     room = max_file_bytes
     with (
-        fsspec.open(shard.path, "rb") as file,
+        _opened(shard.path) as file,
         tarfile.open(fileobj=file, mode="r|*", tarinfo=_CheckedTarInfo) as archive,
     ):
         try:
@@ -321,12 +381,12 @@ def _read_folder(shard: Shard, source: Source, max_file_bytes: int) -> Iterator[
     root = Path(shard.path)
     for name in shard.files:
         path = root / name
-        if path.is_symlink() or not path.is_file():  # a pipe would never end
+        if not stat.S_ISREG(os.lstat(path).st_mode):  # a pipe would never end; what is gone is the machine's affair
             yield Item(name, reason="not_a_file", detail="a link or a device")
             continue
         stem, suffix = os.path.splitext(name)
         needed = {"json", source.caption_en, source.caption_zh} - {None}
-        beside = {kind: root / f"{stem}.{kind}" for kind in needed}
+        beside = {kind: _in_any_case(root, stem, kind) for kind in needed}
         try:
             texts = {
                 kind: _read_up_to(file, max_file_bytes)
@@ -340,17 +400,22 @@ def _read_folder(shard: Shard, source: Source, max_file_bytes: int) -> Iterator[
         yield _fill(Item(name), data, suffix.lower()[1:], texts, source)
 
 
+def _in_any_case(root: Path, stem: str, kind: str) -> Path:
+    """Find a text beside a picture, `1.txt` or `1.TXT`."""
+    small, large = root / f"{stem}.{kind}", root / f"{stem}.{kind.upper()}"
+    return large if not small.is_file() and large.is_file() else small
+
+
 def _read_up_to(path: Path, max_bytes: int) -> bytes | None:
     return None if path.stat().st_size > max_bytes else path.read_bytes()
 
 
 def _read_parquet(shard: Shard, source: Source, max_file_bytes: int) -> Iterator[Item]:
-    import fsspec
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns = {source.image, source.key, source.caption_en, source.caption_zh} - {None}
-    with fsspec.open(shard.path, "rb") as file:
+    with _opened(shard.path) as file:
         table = pq.ParquetFile(file)
         if missing := sorted(columns - set(table.schema_arrow.names)):
             raise ValueError(f"no column {', '.join(missing)}; there are {', '.join(table.schema_arrow.names)}")
@@ -384,7 +449,7 @@ def _sizes_of(group: Any, columns: set[str]) -> tuple[int, int]:
 def _decode_texts(row: dict[str, Any], texts: list[str]) -> dict[str, Any]:
     for name in texts:
         try:
-            row[name] = row[name] and row[name].decode()
+            row[name] = row[name] if row[name] is None else row[name].decode()
         except UnicodeDecodeError:
             row[name] = UNDECODABLE
     return row
@@ -412,7 +477,7 @@ def _item_of_row(row: dict[str, Any], key: str, source: Source, max_file_bytes: 
     cell = row.get(source.image)
     cell = cell if isinstance(cell, dict) else {"bytes": cell}
     name = cell.get("path") or ""
-    named = source.key is not None and row.get(source.key) not in (None, UNDECODABLE)
+    named = source.key is not None and row.get(source.key) not in (None, "", UNDECODABLE)
     item = Item(str(row[source.key]) if named else key)
     item.extension = os.path.splitext(name)[1].lower()[1:] if isinstance(name, str) else None
     item.captions = _captions_in(row, source)

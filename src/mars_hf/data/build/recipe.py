@@ -21,6 +21,11 @@ LANGUAGES = ("en", "zh")
 PECULIARITIES = ("animated", "cmyk", "16_bit", "palette", "transparent", "gray", "rotated", "wrong_extension")
 
 
+def _at_least(low: int, settings: Any, name: str) -> None:
+    if (value := getattr(settings, name)) < low:
+        raise ValueError(f"`{name}` must be {low} or more, got {value}.")
+
+
 @strict
 @dataclass
 class Source:
@@ -93,6 +98,8 @@ class Decode:
     refuse: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        _at_least(1, self, "max_file_bytes")
+        _at_least(1, self, "max_pixels")
         if unknown := sorted(set(self.refuse) - set(PECULIARITIES)):
             raise ValueError(f"`refuse` knows {', '.join(PECULIARITIES)}, got {', '.join(unknown)}.")
 
@@ -110,6 +117,9 @@ class Captions:
 
     max_characters: int = 2000
     required: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "max_characters")
 
 
 @strict
@@ -164,6 +174,9 @@ class Clip:
     model: str
     batch_size: int = 64
 
+    def __post_init__(self) -> None:
+        _at_least(1, self, "batch_size")
+
 
 @strict
 @dataclass
@@ -182,6 +195,9 @@ class Aesthetic:
     head: str
     model: str | None = None
     batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "batch_size")
 
 
 @strict
@@ -229,6 +245,8 @@ class Recaption:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
+        _at_least(1, self, "max_new_tokens")
+        _at_least(1, self, "batch_size")
         if not self.prompts or set(self.prompts) - set(LANGUAGES):
             raise ValueError(f"`prompts` must be given for some of {', '.join(LANGUAGES)}, got {self.prompts}.")
 
@@ -271,6 +289,9 @@ class Codes:
     model: str
     batch_size: int = 16
     keep_images: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "batch_size")
 
 
 @strict
@@ -469,10 +490,14 @@ def make_recipe(content: dict[str, Any]) -> Recipe:
     for name, stage in STAGES.items():
         # A bare `filter:` in YAML is None: the stage with its defaults.
         if name in content:
-            settings[name] = _make(stage, content[name] or {}, name)
+            settings[name] = _make(stage, {} if content[name] is None else content[name], name)
     for name, kind in (("resolution_text", bool), ("samples", int), ("out", str)):
         if settings.get(name) is not None and not isinstance(settings[name], kind):
             raise ValueError(f"`{name}` must be of type {kind.__name__}, got {settings[name]!r}.")
+    if (samples := settings.pop("samples", None)) is not None:
+        if samples < 0:
+            raise ValueError(f"`samples` must be 0 or more, got {samples}.")
+        settings["samples"] = samples
     return Recipe(**settings, origins=origins)
 
 
