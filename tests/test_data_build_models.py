@@ -140,6 +140,9 @@ def test_selection_keeps_what_reaches_the_threshold_and_the_best_share(
     summary = build_dataset(recipe, progress=False)
     assert [record["key"] for record in records_of(tmp_path / "out")] == [f"raw/{seed}.png" for seed in expected]
     assert summary["dropped"]["low_clip"] == 2
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "select.clip_minimum" in report and "select.aesthetic_top" in report
+    assert "select.aesthetic_minimum" not in report
     assert sum(summary["dropped"].values()) == NUM - len(expected)
 
 

@@ -418,8 +418,8 @@ class Build:
         cuts = {}
         for name in scores_of(self.recipe):
             values = np.concatenate([columns[name] for columns in scores.values()]) if scores else np.empty(0)
-            cuts[name] = _cut(values, self.recipe, name.removeprefix("score_"))
-            self.report.threshold(name, cuts[name])
+            cuts[name], setting = _cut(values, self.recipe, name.removeprefix("score_"))
+            self.report.threshold(name, cuts[name], setting)
         for index, records in kept.items():
             stays = np.ones(len(records), bool)
             for name, cut in cuts.items():
@@ -516,11 +516,11 @@ def _read_columns(path: Path) -> dict[str, np.ndarray]:
     return {name: table[name].to_numpy() for name in table.column_names}
 
 
-def _cut(values: np.ndarray, recipe: Recipe, score: str) -> float:
-    """Find the lowest score that stays: the threshold, or that of the best share, whichever is higher."""
+def _cut(values: np.ndarray, recipe: Recipe, score: str) -> tuple[float, str]:
+    """Find the lowest score that stays, the threshold or that of the best share, and which setting it is of."""
     minimum, top = (getattr(recipe.select, f"{score}_{kind}", None) for kind in ("minimum", "top"))
-    cut = -math.inf if minimum is None else float(minimum)
+    cuts = [(-math.inf if minimum is None else float(minimum), f"select.{score}_minimum")]
     if top is not None and len(values):
         stay = math.ceil(top * len(values) - 1e-9)  # 0.1 * 30 is a little more than 3
-        cut = max(cut, float(np.sort(values)[len(values) - stay]))
-    return cut
+        cuts.append((float(np.sort(values)[len(values) - stay]), f"select.{score}_top"))
+    return max(cuts)

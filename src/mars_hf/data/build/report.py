@@ -114,9 +114,10 @@ class Report:
         if len(self.samples[reason]) < self.recipe.samples:
             self.samples[reason].append(sample)
 
-    def threshold(self, score: str, cut: float) -> None:
-        """Note which score it takes to stay."""
+    def threshold(self, score: str, cut: float, setting: str) -> None:
+        """Note which score it takes to stay, and by which setting."""
         self.histograms[score].threshold = cut if math.isfinite(cut) else None
+        self.histograms[score].setting = setting
 
     def count_score(self, score: str, value: float, kept: bool) -> None:
         self.histograms[score].add(value, kept)
