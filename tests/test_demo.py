@@ -94,6 +94,7 @@ def visit(browser, address: str) -> Iterator[Callable]:
         page.set_default_timeout(60_000)
         page.goto(address)
         page.get_by_label("Prompt").wait_for()
+        page.wait_for_timeout(1000)  # fields are shown before they are listened to
         return page
 
     yield open_page
