@@ -268,9 +268,9 @@ def test_other_weights_than_the_base_has_are_refused(folder):
 def test_the_embedded_checkpoint_is_known_by_its_name_unless_a_folder_has_it(folder, monkeypatch):
     monkeypatch.chdir(folder)
     embedded = ModelPart(base="mars-emoji")
-    assert embedded.base_checkpoint == DEFAULT_CHECKPOINT and ModelPart(base="me/mars").base_checkpoint == "me/mars"
+    assert embedded.found_base == DEFAULT_CHECKPOINT and ModelPart(base="me/mars").found_base == "me/mars"
     (folder / "base").rename(folder / "mars-emoji")
-    assert embedded.base_checkpoint == Path("mars-emoji") and ModelPart(text="a", vqgan="b").base_checkpoint is None
+    assert embedded.found_base == Path("mars-emoji") and ModelPart(text="a", vqgan="b").found_base is None
 
 
 def test_a_run_that_is_looked_at_is_the_same_run_with_losses_and_pictures(folder):

@@ -29,6 +29,8 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import is_torchvision_available
 
+from .configuration_mars import MarsConfig
+
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.vq_model import VQModel
 
@@ -389,6 +391,20 @@ else:
     MarsImageProcessor = MarsImageProcessorPil  # type: ignore[misc]
 
 
+def new_image_processor(config: MarsConfig, unit_pixels: bool = False) -> MarsImageProcessor:
+    """
+    Make the image processor of a new MARS.
+
+    Args:
+        config ([`MarsConfig`]): Says the size and what square a code stands for.
+        unit_pixels (`bool`, defaults to `False`):
+            Whether the VQ-GAN takes pixels in [0, 1], as those do that look codes up (aMUSEd's), and not in [-1, 1].
+    """
+    side = {"height": config.default_image_size, "width": config.default_image_size}
+    statistics = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3} if unit_pixels else {}
+    return MarsImageProcessor(size=side, downsample_factor=config.downsample_factor, **statistics)
+
+
 def _positions_by_shape(
     tensors: Sequence[torch.Tensor] | torch.Tensor, slice_size: int | None = None
 ) -> list[list[int]]:
@@ -483,6 +499,7 @@ __all__ = [
     "check_image_size",
     "decode_codes",
     "encode_pixels",
+    "new_image_processor",
     "open_picture",
     "to_rgb",
 ]

@@ -39,6 +39,7 @@ from .image_processing_mars import (
     check_image_size,
     decode_codes,
     encode_pixels,
+    new_image_processor,
 )
 from .prompts_mars import (
     CHAT_TEMPLATE,
@@ -157,10 +158,7 @@ class MarsProcessor(ProcessorMixin):
             ValueError: If the tokenizer does not fit `config`, see [`extend_tokenizer`].
         """
         if "image_processor" not in kwargs:
-            kwargs["image_processor"] = MarsImageProcessor(
-                size={"height": config.default_image_size, "width": config.default_image_size},
-                downsample_factor=config.downsample_factor,
-            )
+            kwargs["image_processor"] = new_image_processor(config)
         kwargs |= {"code_order": config.code_order, "super_resolution_factor": config.super_resolution_factor}
         return cls(tokenizer=extend_tokenizer(tokenizer, config), **kwargs)
 

@@ -23,9 +23,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..configuration_mars import MarsConfig
 from ..hub import CardFacts, export_checkpoint
-from ..image_processing_mars import MarsImageProcessor
+from ..image_processing_mars import new_image_processor
 from ..modeling_mars import MarsForConditionalGeneration
 from ..processing_mars import MarsProcessor
 from ..prompts_mars import END_OF_TEXT
@@ -131,7 +130,7 @@ def convert_to_mars(
     sizes = {} if codebook_size is None else {"codebook_size": codebook_size}
     mars = StreamedMars(text_model, vq_model, end_of_text_id, max_shard_size, seed, **sizes)
     unit_pixels = takes_unit_pixels if unit_pixels is None else unit_pixels
-    image_processor = _image_processor(mars.config, unit_pixels)
+    image_processor = new_image_processor(mars.config, unit_pixels)
     processor = MarsProcessor.from_text_tokenizer(text_tokenizer, mars.config, image_processor=image_processor)
     notes = (*text_model.plan.notes, *notes, *([UNIT_PIXELS_NOTE] if unit_pixels else []))
     for note in (*notes, *_leftovers(out)):
@@ -310,13 +309,6 @@ def read_vqgan(path: Path, config: Path | None, source: str | None) -> tuple[VQM
     model.load_state_dict(state_dict, strict=True)
     # Only aMUSEd's, which is open-muse's in diffusers' names, decodes from looked-up codes.
     return model.float().eval(), source == "muse" or bool(original.get("lookup_from_codebook"))
-
-
-def _image_processor(config: MarsConfig, unit_pixels: bool) -> MarsImageProcessor:
-    statistics = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3} if unit_pixels else {}
-    side = config.default_image_size
-    size = {"height": side, "width": side}
-    return MarsImageProcessor(size=size, downsample_factor=config.downsample_factor, **statistics)
 
 
 def read_vqgan_config(path: Path, config: Path | None) -> dict[str, Any]:

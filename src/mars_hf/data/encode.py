@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from ..configuration_mars import MarsConfig
 from ..conversion.checkpoints import Checkpoint
 from ..evaluation.provenance import local_checkpoint
-from ..image_processing_mars import MarsImageProcessor, encode_pixels
+from ..image_processing_mars import MarsImageProcessor, encode_pixels, new_image_processor
 from ..weights_mars import base_of, complete_weights
 from .records import (
     CAPTIONS,
@@ -81,7 +81,7 @@ def load_image_tokenizer(
     if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name") == "VQModel":
         vqgan = VQModel.from_pretrained(folder).eval()
         config = MarsConfig(vq_config={k: v for k, v in vqgan.config.items() if k[0] != "_"})
-        return vqgan.to(device), image_processor_of(vqgan, config)
+        return vqgan.to(device), new_image_processor(config, vqgan.config.lookup_from_codebook)
     config = MarsConfig.from_pretrained(folder)
     if config.vq_config is None:
         raise ValueError(f"{model} has no VQ-GAN: its configuration has no `vq_config`. Choose a model with one.")
@@ -90,13 +90,6 @@ def load_image_tokenizer(
     vqgan = VQModel.from_config(config.vq_config).eval()
     vqgan.load_state_dict({name: stored[f"vqgan.{name}"] for name in vqgan.state_dict()}, strict=True)
     return vqgan.to(device), MarsImageProcessor.from_pretrained(folder)
-
-
-def image_processor_of(vqgan: "VQModel", config: MarsConfig) -> MarsImageProcessor:
-    """Make the image processor of a diffusers VQ-GAN: those that look codes up (aMUSEd's) take pixels in [0, 1]."""
-    side = {"height": config.default_image_size, "width": config.default_image_size}
-    range_ = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3} if vqgan.config.lookup_from_codebook else {}
-    return MarsImageProcessor(size=side, downsample_factor=config.downsample_factor, **range_)
 
 
 def encode_records(

@@ -96,7 +96,8 @@ class Evaluation:
         dtype = self._dtype(config.dtype)
         self.model = MarsForConditionalGeneration.from_pretrained(self.checkpoint, dtype=dtype).eval()
         self.processor = MarsProcessor.from_pretrained(self.checkpoint)
-        self.folders = {name: folder for name, folder, _ in self._plan()}
+        self.plan = list(self._plan())
+        self.folders = {name: folder for name, folder, _ in self.plan}
 
     @staticmethod
     def _dtype(name: str | None) -> torch.dtype | str:
@@ -190,20 +191,19 @@ class Evaluation:
 
     def draw(self) -> None:
         """Draw what is missing of this process's shards."""
-        plan = list(self._plan())
         if self.processes.is_main_process:
-            self._settle(plan)
+            self._settle()
         self.processes.wait_for_everyone()  # others find what the first one wrote
         if not self.processes.is_main_process:
-            self._settle(plan)
+            self._settle()
         self.processes.wait_for_everyone()  # before pictures are there
         self.model.to(self.processes.device)
-        for _, folder, maker in plan:
+        for _, folder, maker in self.plan:
             folder.draw(maker, self.processes, self.config.drawing.batch_size, self.show)
         self.model.to("cpu")
 
-    def _settle(self, plan: list[tuple[str, PictureFolder, Any]]) -> None:
-        for name, folder, maker in plan:
+    def _settle(self) -> None:
+        for name, folder, maker in self.plan:
             checkpoint = None if name == "references" else self.checkpoint_sha256
             decided = {"run": name, "checkpoint_sha256": checkpoint, **maker.settings()}
             noted = {"model": self.config.model, "batch_size": self.config.drawing.batch_size}

@@ -335,13 +335,13 @@ def recipe_config(part: ModelPart, assumed: AssumedPart) -> tuple[MarsConfig, st
     Raises:
         ValueError: If a model is not here and the recipe assumes nothing.
     """
-    names = [str(name) for name in (part.base_checkpoint, part.text, part.vqgan) if name is not None]
+    names = [str(name) for name in (part.found_base, part.text, part.vqgan) if name is not None]
     if assumed.text_config and not all(Path(name).is_dir() for name in names):
         vq_config = assumed.vq_config or None
         return MarsConfig(text_config=assumed.text_config, vq_config=vq_config, **part.config), "assumed"
     try:
         if part.base is not None:
-            return MarsConfig.from_pretrained(part.base_checkpoint, **part.config), part.base
+            return MarsConfig.from_pretrained(part.found_base, **part.config), part.base
         vq_config = {name: value for name, value in VQModel.load_config(part.vqgan).items() if name[0] != "_"}
         text_config = AutoConfig.from_pretrained(part.text)
     except OSError as error:
@@ -369,7 +369,7 @@ def recipe_batches(
     model = _model_without_storage(config)
     model.vqgan = None  # whose codes the data hold is for a run to check: it takes the weights
     processor = (
-        MarsProcessor.from_pretrained(recipe.model.base_checkpoint)
+        MarsProcessor.from_pretrained(recipe.model.found_base)
         if recipe.model.base is not None
         else MarsProcessor.from_text_tokenizer(AutoTokenizer.from_pretrained(recipe.model.text), config)
     )

@@ -152,7 +152,7 @@ class ModelPart:
         _refuse_unknown_keys("model.config", self.config, [name for name in known if name not in CONFIG_ELSEWHERE])
 
     @property
-    def base_checkpoint(self) -> str | Path | None:
+    def found_base(self) -> str | Path | None:
         """`base` as a folder where it is on this machine, or its name on the Hub."""
         return self.base and (local_checkpoint(self.base) or self.base)
 

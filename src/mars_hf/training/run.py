@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.utils import logging
 
 from ..configuration_mars import MarsConfig
-from ..data.encode import image_processor_of
 from ..data.records import source_fingerprint, tokenizer_fingerprint
+from ..image_processing_mars import new_image_processor
 from ..modeling_mars import MarsForConditionalGeneration
 from ..processing_mars import MarsProcessor
 from ..prompts_mars import END_OF_TEXT
@@ -43,9 +43,9 @@ def build_model(part: ModelPart) -> tuple[MarsForConditionalGeneration, MarsProc
     """
     if part.base is not None:
         model = MarsForConditionalGeneration.from_pretrained(
-            part.base_checkpoint, dtype=torch.float32, attn_implementation=_attention()
+            part.found_base, dtype=torch.float32, attn_implementation=_attention()
         )
-        processor = MarsProcessor.from_pretrained(part.base_checkpoint)
+        processor = MarsProcessor.from_pretrained(part.found_base)
         if part.config:
             model, processor = with_other_config(model, processor, part.config)
     else:
@@ -57,7 +57,7 @@ def build_model(part: ModelPart) -> tuple[MarsForConditionalGeneration, MarsProc
         tokenizer = AutoTokenizer.from_pretrained(part.text)
         end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
         model = MarsForConditionalGeneration.from_text_and_vq(text, vqgan, end_of_text_id=end, **part.config)
-        image_processor = image_processor_of(vqgan, model.config)
+        image_processor = new_image_processor(model.config, vqgan.config.lookup_from_codebook)
         processor = MarsProcessor.from_text_tokenizer(tokenizer, model.config, image_processor=image_processor)
     if part.image_defaults:
         model.generation_config.image_defaults = part.image_defaults

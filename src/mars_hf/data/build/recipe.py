@@ -393,6 +393,7 @@ class Recipe:
     origins: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _at_least(0, self, "samples")
         names = [source.name for source in self.sources]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"`sources` must be one or more, each with a name of its own, got {names}.")
@@ -494,10 +495,8 @@ def make_recipe(content: dict[str, Any]) -> Recipe:
     for name, kind in (("resolution_text", bool), ("samples", int), ("out", str)):
         if settings.get(name) is not None and not isinstance(settings[name], kind):
             raise ValueError(f"`{name}` must be of type {kind.__name__}, got {settings[name]!r}.")
-    if (samples := settings.pop("samples", None)) is not None:
-        if samples < 0:
-            raise ValueError(f"`samples` must be 0 or more, got {samples}.")
-        settings["samples"] = samples
+    if settings.get("samples", 0) is None:
+        del settings["samples"]  # a bare `samples:`
     return Recipe(**settings, origins=origins)
 
 
