@@ -70,7 +70,8 @@ def head_file(tmp_path: Path) -> Path:
     sizes = {0: (12, 8), 2: (8, 4), 10: (4, 1)}  # as text, 10 comes before 2
     tensors = {}
     for number, (inputs, outputs) in sizes.items():
-        tensors[f"layers.{number}.weight"] = torch.randn(outputs, inputs)
+        # Unscaled, the three would make an embedding's rounding 20 times as large.
+        tensors[f"layers.{number}.weight"] = torch.randn(outputs, inputs) / inputs**0.5
         tensors[f"layers.{number}.bias"] = torch.randn(outputs)
     save_file(tensors, tmp_path / "head.safetensors")
     return tmp_path / "head.safetensors"

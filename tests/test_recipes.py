@@ -140,6 +140,14 @@ def test_numbers_and_switches_are_read_as_they_are_meant(tmp_path, monkeypatch):
     assert run.training_arguments(recipe, tmp_path)["bf16"] is False
 
 
+@pytest.mark.parametrize(("amx", "avx512", "fast"), [(True, True, True), (False, True, True), (False, False, False)])
+def test_bfloat16_is_on_where_a_cpu_computes_in_it(monkeypatch, tmp_path, amx, avx512, fast):
+    monkeypatch.setattr(run.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(run.torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(run.torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert run.training_arguments(Recipe.load(written(tmp_path, GOOD)), tmp_path).bf16 is fast
+
+
 def test_a_stream_and_several_workers_contradict_each_other(tmp_path):
     stream = {**GOOD["data"][0], "streaming": True}
     training = {**GOOD["training"], "dataloader_num_workers": 2}

@@ -97,10 +97,10 @@ def _attention() -> str:
 
 
 def is_bfloat16_fast() -> bool:
-    """Whether this machine computes in bfloat16 itself: newer GPUs, and CPUs with AMX."""
+    """Whether this machine computes in bfloat16 itself: newer GPUs, and CPUs with AMX or AVX512-BF16."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
