@@ -2,12 +2,12 @@
 Make the other part of Stage III's data: small pictures that the base model drew itself, since those are what
 super-resolution meets in use.
 
-    python examples/draw_lowres.py --model runs/emoji-stage2/final --data data/emoji-128-codes \
-        --out data/emoji-128-drawn
+    python examples/draw_lowres.py --data data/emoji-128-codes --records 2000 --out data/emoji-128-drawn
 
 `--data` is what `mars-hf data encode --lowres-factor 2` wrote. Records keep all but their `lowres_codes`, which are
-drawn from the caption; drawings that are far from the true small picture are left out, for its large one would teach
-to ignore them. Interrupted, it goes on with the next file of 1,000 records. `codes.json` says whose codes they are.
+drawn from the caption, and their `enlarged_codes`, which follow them; drawings that are far from the true small
+picture are left out, for its large one would teach to ignore them. Interrupted, it goes on with the next file of 1,000
+records. `codes.json` says whose codes they are.
 """
 
 import argparse
@@ -20,15 +20,15 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from mars_hf import MarsForConditionalGeneration, MarsProcessor
+from mars_hf import DEFAULT_CHECKPOINT, MarsForConditionalGeneration, MarsProcessor
 from mars_hf.data.emoji_captions import CaptionStyle, emoji_caption
-from mars_hf.data.encode import open_manifest, read_manifest, write_manifest
+from mars_hf.data.encode import LOWRES_COLUMNS, open_manifest, read_manifest, write_manifest
 from mars_hf.data.records import open_records
-from mars_hf.image_processing_mars import decode_codes
+from mars_hf.image_processing_mars import decode_codes, enlarge_codes
 from mars_hf.weights_mars import weight_files, weights_digest
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", required=True, help="the base model")
+parser.add_argument("--model", default=str(DEFAULT_CHECKPOINT), help="folder of the base model; default: mars-emoji")
 parser.add_argument("--data", required=True, help="records with `image_codes` and `lowres_codes`")
 parser.add_argument("--out", required=True, type=Path)
 parser.add_argument("--records", type=int, default=4000, help="how many to draw")
@@ -53,9 +53,14 @@ def draw(model, processor, records: list[dict], captions: list[str], size: tuple
     ]
     ours, theirs = (torch.stack(decode_codes(model.vqgan, codes)) for codes in (drawn, truths))
     distances = ((ours - theirs) / 2).square().mean((1, 2, 3)).tolist()
+    large = enlarge_codes(model.vqgan, drawn, records[0]["height"] // size[0])
     return [
-        {**record, "lowres_codes": codes.flatten().tolist(), "distance": distance}
-        for record, codes, distance in zip(records, drawn, distances, strict=True)
+        {
+            **record,
+            **{name: grid.flatten().tolist() for name, grid in zip(LOWRES_COLUMNS, grids, strict=True)},
+            "distance": distance,
+        }
+        for record, distance, *grids in zip(records, distances, drawn, large, strict=True)
     ]
 
 

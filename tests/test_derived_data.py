@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PilImage
+from torch.nn import functional as F
 
 from mars_hf.data.composition import EmojiCompositions
 from mars_hf.data.derived import write_canvases, write_stories
@@ -17,7 +18,7 @@ from mars_hf.data.emoji import STYLES, split_of
 from mars_hf.data.encode import encode_records, open_manifest, scale_down, write_manifest
 from mars_hf.data.records import open_records, tokenizer_fingerprint
 from mars_hf.data.stories import EmojiStories
-from mars_hf.image_processing_mars import MarsImageProcessor, encode_pixels
+from mars_hf.image_processing_mars import MarsImageProcessor, decode_codes, encode_pixels
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,10 @@ def test_small_codes_are_those_of_the_picture_scaled_down(make_vqgan, tmp_path):
     for row, own, lowres in zip(open_records(tmp_path, vqgan=vqgan), large, small, strict=True):
         assert row["image_codes"] == own.flatten().tolist() and lowres.shape == (2, 3)
         assert row["lowres_codes"] == lowres.flatten().tolist()
+        (shown,) = decode_codes(vqgan, [lowres])
+        enlarged = F.interpolate(shown[None], (16, 24), mode="bicubic", antialias=True).clamp(-1, 1)
+        (again,) = encode_pixels(vqgan, enlarged)
+        assert row["enlarged_codes"] == again.flatten().tolist()
     assert json.loads((tmp_path / "codes.json").read_text())["recipe"]["lowres_factor"] == 2
     with pytest.raises(ValueError, match="multiple of 8"):
         encode_records(
@@ -138,5 +143,6 @@ def test_drawn_small_pictures_are_of_the_models_tokenizer_and_of_no_other(
     assert "made in another way" in done.stderr and "'max_distance'" in done.stderr
     drawn = open_records(tmp_path / "drawn", vqgan=tiny_model.vqgan)
     assert len(drawn) == 3 and all(len(row["lowres_codes"]) == 4 for row in drawn)
+    assert all(len(row["enlarged_codes"]) == 16 for row in drawn)
     with pytest.raises(ValueError, match="were made by the image tokenizer"):
         open_records(tmp_path / "drawn", vqgan=make_vqgan())

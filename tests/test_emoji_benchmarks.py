@@ -119,12 +119,12 @@ def test_arms_are_trained_once_and_an_arm_that_fails_does_not_end_the_others(
     model.vqgan.save_pretrained(tmp_path / "vqgan")
     folders = ("--data", data, "--text", tmp_path / "text", "--vqgan", tmp_path / "vqgan", "--out", tmp_path / "out")
     asked = (*folders, "--seeds", "0", "--steps", "5", "--pictures", "34", "--arms")
-    arms = ("stages I, II, III", "K1 raster, cells", "K4 raster", "K4 region", "K4 block2x2", "K16 best order")
+    arms = ("stages I, II, III", "K1 raster", "K4 raster", "K4 region", "K4 block2x2", "K16 best order")
     printed = benchmark("ablations", *asked, *arms, cwd=tmp_path)
     written = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "out").glob("*.json")}
-    assert len(written) == len(arms) and written["K16-best-order-0"]["cell_embedding"]
+    assert len(written) == len(arms) and written["K16-best-order-0"]["codes_per_step"] == 16
     assert written["stages-I-II-III-0"]["frechet_128"].keys() == {"1", "16"}
-    assert "| stages I, II, III |" in printed and "best order at K = 16 to K = 1 with cells" in printed
+    assert "| stages I, II, III |" in printed and "best order at K = 16 to K = 1:" in printed
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*") if file.is_file()}
     assert benchmark("ablations", *asked, *arms, cwd=tmp_path).splitlines()[-8:] == printed.splitlines()[-8:]
     assert before == {file: file.stat().st_mtime_ns for file in before}

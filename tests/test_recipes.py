@@ -214,7 +214,7 @@ def folder(tiny_model, tiny_processor, tmp_path):
     rng = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 40, (6, 16), generator=rng).tolist()
     pairs = {"image_codes": codes, "height": [16] * 6, "width": [16] * 6, "caption_en": list("abcdef")}
-    pairs["lowres_codes"] = [row[:4] for row in codes]
+    pairs |= {"lowres_codes": [row[:4] for row in codes], "enlarged_codes": codes}
     Dataset.from_dict(pairs).to_parquet(tmp_path / "pairs.parquet")
     picture = {"text": None, "image_codes": codes[0], "height": 16, "width": 16}
     text = {"text": "a\n", "image_codes": None, "height": None, "width": None}
@@ -233,7 +233,10 @@ ENLARGE = {"super_resolution_factor": 2, "code_order": "block2x2", "cell_embeddi
 STAGE_CHANGES = {
     "alignment": {},
     "refinement": {"codes_per_step": [1]},
-    "super-resolution": {"model": {"config": {**ENLARGE, "codes_per_step": [4, 1]}}, "codes_per_step": [4, 1]},
+    "super-resolution": {
+        "model": {"config": {**ENLARGE, "lowres_embedding": True, "codes_per_step": [4, 1]}},
+        "codes_per_step": [4, 1],
+    },
     "documents": {"packing": 64},
 }
 
@@ -349,6 +352,16 @@ def test_two_processes_train_by_a_recipe_and_one_does_not_go_on_for_them(folder)
     MarsForConditionalGeneration.from_pretrained(folder / "run" / "final")
     with pytest.raises(ValueError, match=r"another `processes`: 2 before, now 1"):
         train(recipe, folder / "run")
+
+
+def test_codes_of_enlarged_pictures_are_missed_only_by_a_model_that_embeds_them(folder, make_model):
+    pairs = Dataset.from_parquet(str(folder / "pairs.parquet"))
+    pairs.remove_columns("enlarged_codes").to_parquet(folder / "older.parquet")
+    part = DataPart(source=str(folder / "older.parquet"), task="super-resolution")
+    fields = {"super_resolution_factor": 2, "cell_embedding": True, "max_grid_size": 8}
+    assert len(build_source(part, make_model(**fields)).records) == 6
+    with pytest.raises(ValueError, match="no `enlarged_codes`.*`mars-hf data encode --lowres-factor`"):
+        build_source(part, make_model(**fields, lowres_embedding=True))
 
 
 @pytest.mark.parametrize(

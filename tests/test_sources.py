@@ -21,8 +21,8 @@ from mars_hf.training.sources import build_sources, rows_of_an_epoch
 def pair(number=0, height=16, width=16, **changes):
     codes = [(number + place) % 40 for place in range(height * width // 16)]
     texts = {"caption_en": f"apple {number}", "caption_zh": f"苹果{number}", "style": "noto"}
-    small = codes[: len(codes) // 4]
-    return {"image_codes": codes, "height": height, "width": width, "lowres_codes": small, **texts, **changes}
+    small = {"lowres_codes": codes[: len(codes) // 4], "enlarged_codes": codes}
+    return {"image_codes": codes, "height": height, "width": width, **small, **texts, **changes}
 
 
 @pytest.fixture
@@ -53,6 +53,7 @@ def recipe_of(tiny_model, tiny_processor, tmp_path):
 STAGE_3 = {"stage": "super-resolution", "task": "super-resolution", "ks": [1]}
 FACTOR = {"super_resolution_factor": 2}
 CELLS = {"cell_embedding": True, "max_grid_size": 4}
+ENLARGED = {**FACTOR, **CELLS, "lowres_embedding": True}
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,9 @@ CELLS = {"cell_embedding": True, "max_grid_size": 4}
         ([pair(height=12, lowres_codes=[1] * 3)], {**STAGE_3, "config": FACTOR}, "low-resolution codes do not fit"),
         ([pair(lowres_codes=None)], {**STAGE_3, "config": FACTOR}, "low-resolution codes do not fit"),
         ([pair(lowres_codes=[1, 2, 3, 40])], {**STAGE_3, "config": FACTOR}, "codes out of range"),
+        ([pair(enlarged_codes=None)], {**STAGE_3, "config": ENLARGED}, "enlarged codes do not fit"),
+        ([pair(enlarged_codes=[1] * 15)], {**STAGE_3, "config": ENLARGED}, "enlarged codes do not fit"),
+        ([pair(enlarged_codes=[1] * 15 + [-1])], {**STAGE_3, "config": ENLARGED}, "codes out of range"),
         ([pair(style=None)], {"captions": {"form": "emoji"}}, "no caption"),
         ([pair(caption_zh="")], {"captions": {"form": "emoji"}}, "no caption"),
         ([pair(height=4, width=8)], {"min_size": 8}, "picture too small"),

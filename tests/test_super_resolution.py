@@ -6,8 +6,10 @@ from torch.nn import functional as F
 
 from mars_hf import MarsProcessor
 from mars_hf.code_order_mars import PictureLayout, emission_order, find_cells
+from mars_hf.image_processing_mars import decode_codes, enlarge_codes
 from mars_hf.training.collation import AlignedCollator, PackedCollator
 from mars_hf.training.mixture import MixtureDataset, Source
+from mars_hf.training.run import with_other_config
 
 TEXT = {"vocab_size": 264, "eos_token_id": 256, "pad_token_id": 256}
 
@@ -87,9 +89,31 @@ def test_a_small_code_holds_the_upper_left_of_the_cells_that_come_of_it(enlarger
     assert slots.tolist() == [[-1, -1, 0, 0], [-1, -1, 0, 1], [-1, -1, 1, 0], [-1, -1, 1, 1]]
 
 
+def test_a_token_is_told_the_code_that_the_enlarged_small_picture_has_where_it_predicts(make_enlarger, tiny_processor):
+    model = make_enlarger(code_order="block2x2", codes_per_step=[4, 1], lowres_embedding=True)
+    processor, config, small = processor_of(model, tiny_processor), model.config, small_codes(2, 3)
+    with torch.no_grad():
+        pixels = F.interpolate(
+            torch.stack(decode_codes(model.vqgan, [small])), scale_factor=2, mode="bicubic", antialias=True
+        )
+    (large,) = model.encode_image(pixels.clamp(-1, 1))  # (4, 6)
+    row = processor.training_example("super-resolution", "a", range(24), 16, 24, codes_per_step=4, lowres_codes=small)
+    ids = torch.tensor([row["input_ids"]])
+    seen = []
+    model.model.visual_cell_embedding.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    model(ids, image_sizes=torch.tensor([[[16, 24]]]))
+    (cells,) = seen[0]
+    predicts = cells[:, 2] >= 0
+    assert predicts.sum() == 24 and (cells[~predicts, 4] == -1).all()
+    assert torch.equal(cells[predicts, 4], large[cells[predicts, 2], cells[predicts, 3]])
+    first = row["input_ids"].index(config.image_start_token_id)
+    assert cells[first : first + 4, 4].tolist() == large[:2, :2].flatten().tolist()
+
+
+@pytest.mark.parametrize("embeds", [False, True])
 @pytest.mark.parametrize(("order", "k"), [("raster", 1), ("raster", 3), ("region", 4), ("block2x2", 4)])
-def test_the_decoder_sees_the_small_picture_as_the_forward_does(make_enlarger, tiny_processor, order, k):
-    model = make_enlarger(code_order=order, codes_per_step=k)
+def test_the_decoder_sees_the_small_picture_as_the_forward_does(make_enlarger, tiny_processor, order, k, embeds):
+    model = make_enlarger(code_order=order, codes_per_step=k, lowres_embedding=embeds)
     processor = processor_of(model, tiny_processor)
     inputs = processor(["an apple", "a"], lowres_codes=[small_codes(2, 2), small_codes(2, 2, 1)], codes_per_step=k)
     out = model.generate(
@@ -144,8 +168,10 @@ def test_training_rows_label_the_large_codes_alone(enlarger, tiny_processor):
         assert row["input_ids"][: prompt[name].shape[1]] == prompt[name][0].tolist()
 
 
+@pytest.mark.parametrize("embeds", [False, True])
 @pytest.mark.parametrize("steps", [(4,), (4, 1)])
-def test_packed_and_padded_batches_give_the_loss_of_single_rows(enlarger, tiny_processor, steps):
+def test_packed_and_padded_batches_give_the_loss_of_single_rows(make_enlarger, tiny_processor, steps, embeds):
+    enlarger = make_enlarger(code_order="block2x2", codes_per_step=[4, 1], lowres_embedding=embeds)
     processor, config = processor_of(enlarger, tiny_processor), enlarger.config
     records = [
         {"image_codes": small_codes(4, 4, n).flatten().tolist(), "height": 16, "width": 16, "caption_en": "ab" * n,
@@ -153,7 +179,12 @@ def test_packed_and_padded_batches_give_the_loss_of_single_rows(enlarger, tiny_p
         for n in range(1, 4)
     ]  # fmt: skip
     records[1] |= {"image_codes": list(range(24)), "width": 24, "lowres_codes": list(range(6))}
-    source = Source("super-resolution", 1.0, records, lambda record, rng: record["caption_en"], code_noise=0.3)
+    for record in records if embeds else ():
+        small = torch.tensor(record["lowres_codes"]).view(2, -1)
+        (large,) = enlarge_codes(enlarger.vqgan, [small], 2)
+        record["enlarged_codes"] = large.flatten().tolist()
+    noise = 0.0 if embeds else 0.3  # a forward enlarges what it is fed, the noise too
+    source = Source("super-resolution", 1.0, records, lambda record, rng: record["caption_en"], code_noise=noise)
     rows = [MixtureDataset(processor, [source], 3, 1, codes_per_step=(k,))[n] for k in steps for n in range(3)]
     pad = processor.tokenizer.pad_token_id
 
@@ -206,6 +237,30 @@ def test_models_refuse_prompts_of_the_other_kind(enlarger, tiny_model, tiny_proc
         enlarger.generate(**plain, generation_mode="image")
     with pytest.raises(ValueError, match="row 0 has 4"):
         enlarger.generate(**prompt | {"image_sizes": torch.tensor([[[16, 24]]])}, generation_mode="image")
+
+
+def test_embeddings_of_the_enlarged_picture_start_as_those_of_the_same_codes(tiny_model, tiny_processor):
+    changes = {"super_resolution_factor": 2, "cell_embedding": True, "max_grid_size": 8, "lowres_embedding": True}
+    model, processor = with_other_config(tiny_model, tiny_processor, changes)
+    table = model.model.visual_cell_embedding.lowres_code
+    assert torch.equal(table, tiny_model.model.visual_embed_tokens.weight[:40]) and table.requires_grad
+    torch.nn.init.zeros_(table)
+    again, _ = with_other_config(model, processor, {"codes_per_step": [4]})
+    assert not again.model.visual_cell_embedding.lowres_code.any()  # what a base has learnt stays
+
+
+def test_the_enlarged_small_picture_asks_for_codes_of_it_and_for_cells(make_enlarger, make_model, tiny_processor):
+    for fields in ({}, {"super_resolution_factor": 2}, {"cell_embedding": True}):
+        with pytest.raises(ValueError, match="`lowres_embedding` is True, but it goes with"):
+            make_model(lowres_embedding=True, **fields)
+    model = make_enlarger(lowres_embedding=True)
+    row = processor_of(model, tiny_processor).training_example("text-to-image", "a", range(16), 16, 16)
+    with pytest.raises(
+        ValueError, match=r"runs of \[\] tokens, where pictures of \[\(16, 16\)\] pixels start from \[4\]"
+    ):
+        model(torch.tensor([row["input_ids"]]), image_sizes=torch.tensor([[[16, 16]]]))
+    with pytest.raises(ValueError, match="needs the `enlarged` codes of every"):
+        AlignedCollator(model.config, 0)([{**row, "image_sizes": [(16, 16)]}])
 
 
 @pytest.mark.parametrize("factor", [1, 3])

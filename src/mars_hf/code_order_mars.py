@@ -265,19 +265,23 @@ def find_cells(
     input_ids: torch.Tensor,
     layout: PictureLayout,
     image_sizes: Sequence[Sequence[tuple[int, int]]],
+    enlarged: Sequence[Sequence[torch.Tensor]] | None = None,
 ) -> torch.LongTensor:
     """
     Give the cells `(batch, seq, 4)` of all tokens of whole rows: of pictures, and of what super-resolution starts
     from, whose codes hold the upper left one of the cells that come of each.
+
+    With `config.lowres_embedding` there is a fifth column, see [`add_lowres_codes`].
 
     Args:
         config ([`MarsConfig`]): Of the model.
         input_ids (`torch.LongTensor` of shape `(batch, seq)`): Rows in emission order.
         layout ([`PictureLayout`]): Of these rows.
         image_sizes (`list[list[tuple[int, int]]]`): Heights and widths in pixels of the pictures of each row.
+        enlarged (`list[list[torch.LongTensor]]`, *optional*): For each row, the codes of its enlarged small pictures.
 
     Raises:
-        ValueError: If a picture is larger than the cell embeddings know.
+        ValueError: If a picture is larger than the cell embeddings know, or the enlarged ones are missing.
     """
     factor = config.downsample_factor
     grids = [[(height // factor, width // factor) for height, width in row] for row in image_sizes]
@@ -301,7 +305,74 @@ def find_cells(
     width = widths.clamp_min(1).gather(1, number.clamp_max(longest - 1))
     held = torch.stack([place // width * scale, place % width * scale], dim=-1)
     held = torch.cat([held, torch.full_like(held, -1)], dim=-1)
-    return torch.where((place >= 0)[..., None], held, cells)  # type: ignore[return-value]
+    cells = torch.where((place >= 0)[..., None], held, cells)
+    if not config.lowres_embedding:
+        return cells  # type: ignore[return-value]
+    last = layout.picture.amax(1).tolist()
+    if enlarged is None or any(len(row) <= number for row, number in zip(enlarged, last, strict=True)):
+        raise ValueError("A model with `lowres_embedding` needs the `enlarged` codes of every small picture.")
+    return add_lowres_codes(cells, layout.picture, enlarged)
+
+
+def add_lowres_codes(
+    cells: torch.Tensor, picture: torch.Tensor, enlarged: Sequence[Sequence[torch.Tensor]]
+) -> torch.LongTensor:
+    """
+    Add to cells a fifth column: the code that the enlarged small picture has in the cell that is predicted.
+
+    Args:
+        cells (`torch.LongTensor` of shape `(batch, seq, 4)`): See `look_up_cells`.
+        picture (`torch.LongTensor` of shape `(batch, seq)`): See [`PictureLayout`].
+        enlarged (`list[list[torch.LongTensor]]`): For each row, codes `(rows, columns)` of each of its pictures.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch, seq, 5)`: -1 where no cell is predicted or there is no small picture.
+    """
+    every = [grid.shape for row in enlarged for grid in row]
+    side = max(int(cells.max()) + 1, *(max(shape) for shape in every), 0)
+    # One more of each than there is: index -1 finds -1.
+    table = torch.full((len(cells), int(picture.max()) + 2, side + 1, side + 1), -1, device=cells.device)
+    for row, grids in enumerate(enlarged):
+        for number, grid in enumerate(grids):
+            table[row, number, : grid.shape[0], : grid.shape[1]] = grid.to(table)
+    rows = torch.arange(len(cells), device=cells.device)[:, None]
+    codes = table[rows, picture, cells[..., 2], cells[..., 3]]
+    return torch.cat([cells, codes[..., None]], dim=-1)  # type: ignore[return-value]
+
+
+def find_small_pictures(
+    config: MarsConfig, input_ids: torch.Tensor, image_sizes: Sequence[Sequence[tuple[int, int]]]
+) -> list[list[torch.LongTensor]]:
+    """
+    Read what super-resolution starts from off rows.
+
+    Args:
+        config ([`MarsConfig`]): Of a model with `super_resolution_factor`.
+        input_ids (`torch.LongTensor` of shape `(batch, seq)`): Prompts or whole rows.
+        image_sizes (`list[list[tuple[int, int]]]`): Heights and widths in pixels of what is drawn of them.
+
+    Returns:
+        `list[list[torch.LongTensor]]`: For each row, codes `(rows, columns)` of each of its small pictures.
+
+    Raises:
+        ValueError: If the codes between `<lowres>` and `</lowres>` do not fit the size of their picture.
+    """
+    unit = config.downsample_factor * (config.super_resolution_factor or 1)
+    found: list[list[Any]] = []
+    for ids, sizes in zip(input_ids, image_sizes, strict=True):
+        starts = (ids == config.lowres_start_token_id).nonzero().flatten().tolist()
+        ends = (ids == config.lowres_end_token_id).nonzero().flatten().tolist()
+        runs = [ids[start + 1 : end] - config.image_token_offset for start, end in zip(starts, ends, strict=False)]
+        grids = [(height // unit, width // unit) for height, width in sizes]
+        lengths, wanted = [len(run) for run in runs], [height * width for height, width in grids]
+        are_codes = all(bool(((run >= 0) & (run < config.codebook_size)).all()) for run in runs)
+        if len(starts) != len(ends) or lengths != wanted or not are_codes:
+            raise ValueError(
+                f"Between `<lowres>` and `</lowres>` a row has runs of {lengths} tokens, where pictures of {sizes} "
+                f"pixels start from {wanted} codes. Pass on all that the processor returns."
+            )
+        found.append([run.view(grid) for run, grid in zip(runs, grids, strict=True)])
+    return found
 
 
 def _lowres_places(input_ids: torch.Tensor, start: int, end: int, image_start: int) -> tuple[torch.Tensor, ...]:
@@ -468,10 +539,12 @@ __all__ = [
     "PictureLayout",
     "PictureSpan",
     "PictureTokens",
+    "add_lowres_codes",
     "cell_table",
     "check_code_order",
     "emission_order",
     "find_cells",
+    "find_small_pictures",
     "look_up_cells",
     "sizes_by_row",
     "to_emission_order",

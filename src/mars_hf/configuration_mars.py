@@ -78,6 +78,10 @@ class MarsConfig(PreTrainedConfig):
         super_resolution_factor (`int`, *optional*):
             A model of super-resolution (Stage III): its prompts end in the codes of a picture so many times smaller
             on each side than the one that is drawn. None draws from text alone.
+        lowres_embedding (`bool`, defaults to `False`):
+            In super-resolution, add to each token of a picture a learnt embedding of the code that the small picture,
+            enlarged by bicubic interpolation, has in the cell that the token predicts. Ours, not in the paper:
+            attention to the small codes alone takes far more training to tell what belongs in a cell.
         base_checkpoint (`dict[str, str]`, *optional*):
             `{"path", "sha256"}` of the checkpoint against which this one is stored; see `weights_mars.py`.
         mars_format (`int`, defaults to 1):
@@ -123,6 +127,7 @@ class MarsConfig(PreTrainedConfig):
     cell_embedding: bool = False
     max_grid_size: int = 64
     super_resolution_factor: int | None = None
+    lowres_embedding: bool = False
     base_checkpoint: dict[str, str] | None = None
     mars_format: int = MARS_FORMAT
     use_cache: bool = True
@@ -218,6 +223,11 @@ class MarsConfig(PreTrainedConfig):
             raise ValueError(
                 f"`default_image_size` must be a multiple of `downsample_factor` times `super_resolution_factor` "
                 f"({self.downsample_factor} x {factor}), got {self.default_image_size}."
+            )
+        if self.lowres_embedding and (factor is None or not self.cell_embedding):
+            raise ValueError(
+                "`lowres_embedding` is True, but it goes with `super_resolution_factor` and `cell_embedding=True`, "
+                f"which tell the cells that small codes belong to; got {factor} and {self.cell_embedding}."
             )
         if self.code_order != "raster" and not self.cell_embedding:
             raise ValueError(

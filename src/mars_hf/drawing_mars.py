@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .code_order_mars import cell_table, look_up_cells
+from .code_order_mars import add_lowres_codes, cell_table, look_up_cells
 from .configuration_mars import MarsConfig
 
 
@@ -99,6 +99,7 @@ class Drawing:
         codes_per_step (`int`): The paper's K.
         pad_token_id (`int`): Fills up rows.
         device (`torch.device`): Where the tokens live.
+        enlarged (`list[list[torch.LongTensor]]`, *optional*): See [`add_lowres_codes`].
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Drawing:
         codes_per_step: int,
         pad_token_id: int,
         device: torch.device,
+        enlarged: list[list[torch.LongTensor]] | None = None,
     ):
         num_codes = torch.tensor([height * width for height, width in grids], device=device)
         self.k, self.end_id, self.offset = codes_per_step, config.image_end_token_id, config.image_token_offset
@@ -128,6 +130,8 @@ class Drawing:
             table = cell_table([[grid] for grid in grids], self.k, config.code_order).to(device)
             place = torch.arange(self.picture.shape[1], device=device).where(self.live, -1)
             self.cells = look_up_cells(table, torch.zeros_like(place), place)
+            if enlarged is not None:
+                self.cells = add_lowres_codes(self.cells, torch.zeros_like(place), enlarged)
 
     def start(self, initial_codes: list[torch.Tensor] | None) -> int:
         """Put given codes at the beginning of the pictures; give the first step that has something to draw."""

@@ -685,7 +685,8 @@ class MarsGenerationMixin(GenerationMixin):
     ):
         """Draw one picture a row: prefill the prompt, feed `<img>` K times, then block after block of K codes."""
         k, grids = generation_config.codes_per_step, self._grids(input_ids, image_sizes)
-        drawing = Drawing(self.config, grids, k, self._pad_id(generation_config), input_ids.device)
+        enlarged = self._enlarged(input_ids, grids)
+        drawing = Drawing(self.config, grids, k, self._pad_id(generation_config), input_ids.device, enlarged)
         step_inputs = {"past_key_values": past_key_values, "use_cache": True, "vocabulary": "visual"}
         shared = (generation_config, synced_gpus, streamer, step_inputs)
         context, step = self._begin_drawing(drawing, input_ids, *shared, image_sizes=image_sizes, **model_kwargs)
@@ -723,7 +724,8 @@ class MarsGenerationMixin(GenerationMixin):
         """Draw one picture a row, several codes a forward where drafts of them hold; see `speculation_mars.py`."""
         self._require_blind(logits_processor)
         grids, window = self._grids(input_ids, image_sizes), generation_config.jacobi_window
-        drawing = SpeculativeDrawing(self.config, grids, window, self._pad_id(generation_config), input_ids.device)
+        shape = (window, self._pad_id(generation_config), input_ids.device)
+        drawing = SpeculativeDrawing(self.config, grids, *shape, self._enlarged(input_ids, grids))
         step_inputs = {"past_key_values": past_key_values, "use_cache": True, "vocabulary": "visual"}
         shared = (generation_config, synced_gpus, streamer, step_inputs)
         context, place = self._begin_drawing(drawing, input_ids, *shared, image_sizes=image_sizes, **model_kwargs)
@@ -939,6 +941,13 @@ class MarsGenerationMixin(GenerationMixin):
         scores[:, self.config.image_token_offset :] = -torch.inf
         scores[:, self.config.image_start_token_id] = start
         return scores
+
+    def _enlarged(self, input_ids: torch.Tensor, grids: list[tuple[int, int]]) -> list[list[torch.LongTensor]] | None:
+        """The codes of enlarged small pictures, one a row, for a model that embeds them."""
+        if not self.config.lowres_embedding:
+            return None
+        factor = self.config.downsample_factor
+        return self.enlarge_small_pictures(input_ids, [[(height * factor, width * factor)] for height, width in grids])
 
     def _cell_table(self, image_sizes: torch.Tensor, k: int, device: torch.device) -> torch.Tensor | None:
         if not self.config.cell_embedding:

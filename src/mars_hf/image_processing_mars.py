@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.nn import functional as F
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
@@ -492,6 +493,27 @@ def decode_codes(vqgan: "VQModel", codes: Sequence[torch.Tensor], slice_size: in
     return [pictures[i] for i in range(len(pictures))]
 
 
+@torch.no_grad()
+def enlarge_codes(vqgan: "VQModel", codes: Sequence[torch.Tensor], factor: int) -> list[torch.LongTensor]:
+    """
+    Give the codes of pictures that are enlarged by bicubic interpolation: what super-resolution has to improve on.
+
+    Args:
+        vqgan (`diffusers.VQModel`): The image tokenizer.
+        codes (`list[torch.LongTensor]`): Of the small pictures, for each `(height / f, width / f)`.
+        factor (`int`): How many times larger each side becomes.
+
+    Returns:
+        `list[torch.LongTensor]`: For each picture its codes `(factor * height / f, factor * width / f)`.
+    """
+    large: dict[int, torch.LongTensor] = {}
+    for positions in _positions_by_shape(codes, slice_size=16):  # which bounds the memory
+        small = torch.stack(decode_codes(vqgan, [codes[i] for i in positions]))
+        pixels = F.interpolate(small, scale_factor=factor, mode="bicubic", antialias=True).clamp(-1, 1)
+        large.update(zip(positions, encode_pixels(vqgan, pixels), strict=True))
+    return [large[i] for i in range(len(large))]
+
+
 __all__ = [
     "MarsImageProcessor",
     "MarsImageProcessorKwargs",
@@ -499,6 +521,7 @@ __all__ = [
     "check_image_size",
     "decode_codes",
     "encode_pixels",
+    "enlarge_codes",
     "new_image_processor",
     "open_picture",
     "to_rgb",

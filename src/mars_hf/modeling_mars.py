@@ -36,10 +36,10 @@ from transformers.utils import GENERATION_CONFIG_NAME, TransformersKwargs, can_r
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .code_order_mars import PictureLayout, find_cells, sizes_by_row, to_emission_order
+from .code_order_mars import PictureLayout, find_cells, find_small_pictures, sizes_by_row, to_emission_order
 from .configuration_mars import MarsConfig
 from .generation_mars import MarsGenerationMixin
-from .image_processing_mars import decode_codes, encode_pixels
+from .image_processing_mars import decode_codes, encode_pixels, enlarge_codes
 from .weights_mars import HUB_ARGUMENTS, base_of, complete_weights, stored_generation_config
 
 Modality = Literal["text", "image"]
@@ -258,15 +258,18 @@ class CellEmbedding(nn.Module):
     Args:
         max_grid_size (`int`): Largest number of rows or columns.
         hidden_size (`int`): Width of the trunk.
+        num_codes (`int`, *optional*): Also embed the codes of the enlarged small picture, which are so many.
     """
 
-    def __init__(self, max_grid_size: int, hidden_size: int):
+    def __init__(self, max_grid_size: int, hidden_size: int, num_codes: int | None = None):
         super().__init__()
         for name in ("row_in", "column_in", "row_out", "column_out"):
             self.register_parameter(name, nn.Parameter(torch.zeros(max_grid_size, hidden_size)))
+        if num_codes is not None:
+            self.lowres_code = nn.Parameter(torch.zeros(num_codes, hidden_size))
 
     def forward(self, cells: torch.Tensor) -> torch.Tensor:
-        """Sum up, for cells `(batch, seq, 4)` as `look_up_cells` gives them, `(batch, seq, hidden)`."""
+        """Sum up, for cells `(batch, seq, 4 or 5)` as `find_cells` gives them, `(batch, seq, hidden)`."""
         total: Any = 0
         for table, index in zip(self.parameters(), cells.unbind(-1), strict=True):
             total = total + F.embedding(index.clamp_min(0), table) * (index >= 0)[..., None]
@@ -411,7 +414,8 @@ class MarsModel(MarsPreTrainedModel):
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
         self.visual_embed_tokens = nn.Embedding(config.num_visual_tokens, text.hidden_size)
         if config.cell_embedding:
-            self.visual_cell_embedding = CellEmbedding(config.max_grid_size, text.hidden_size)
+            num_codes = config.codebook_size if config.lowres_embedding else None
+            self.visual_cell_embedding = CellEmbedding(config.max_grid_size, text.hidden_size, num_codes)
         self.layers = nn.ModuleList([MarsDecoderLayer(config, index) for index in range(text.num_hidden_layers)])
         self.norm = Qwen2RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
         self.rotary_emb = Qwen2RotaryEmbedding(config=text)
@@ -467,8 +471,8 @@ class MarsModel(MarsPreTrainedModel):
                 `"text"` or `"image"` promises that all tokens are of that modality, which saves the routing.
             block_ids (`torch.LongTensor` of shape `(batch, past + seq)`, *optional*):
                 Tokens of one number, -1 apart, see one another whatever their order (next-K-token prediction).
-            cells (`torch.LongTensor` of shape `(batch, seq, 4)`, *optional*):
-                What `look_up_cells` gives; only with `config.cell_embedding`.
+            cells (`torch.LongTensor` of shape `(batch, seq, 4)`, or 5 with `config.lowres_embedding`, *optional*):
+                What `find_cells` gives; only with `config.cell_embedding`.
             use_cache (`bool`, *optional*): Return keys and values.
 
         Returns:
@@ -787,7 +791,33 @@ class MarsForConditionalGeneration(MarsPreTrainedModel, MarsGenerationMixin):
             return None
         if image_sizes is None:
             raise ValueError("A model with `cell_embedding` needs the `image_sizes` of the pictures in `input_ids`.")
-        return find_cells(config, input_ids, layout, sizes_by_row(image_sizes))
+        sizes = sizes_by_row(image_sizes)
+        enlarged = None
+        if config.lowres_embedding:
+            is_drawn = bool((layout.place >= 0).any())  # a prompt predicts no cell yet
+            enlarged = self.enlarge_small_pictures(input_ids, sizes) if is_drawn else [[] for _ in input_ids]
+        return find_cells(config, input_ids, layout, sizes, enlarged)
+
+    def enlarge_small_pictures(
+        self, input_ids: torch.Tensor, image_sizes: list[list[tuple[int, int]]]
+    ) -> list[list[torch.LongTensor]]:
+        """
+        Give the codes of the small pictures in rows of super-resolution, enlarged; see [`enlarge_codes`].
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, seq)`): Prompts or whole rows.
+            image_sizes (`list[list[tuple[int, int]]]`): Heights and widths in pixels of what is drawn of them.
+
+        Returns:
+            `list[list[torch.LongTensor]]`: For each row, codes `(height / f, width / f)` of each of its pictures.
+
+        Raises:
+            ValueError: If the model has no VQ-GAN, or a small picture does not fit the size that is drawn of it.
+        """
+        grids = find_small_pictures(self.config, input_ids, image_sizes)
+        every = [grid for row in grids for grid in row]
+        large = iter(enlarge_codes(self._require_vqgan(), every, self.config.super_resolution_factor or 1))
+        return [[next(large) for _ in row] for row in grids]
 
     @can_return_tuple
     def forward(  # type: ignore[misc]

@@ -76,6 +76,7 @@ class SpeculativeDrawing(Drawing):
         window (`int`): Most drafts that a forward is fed.
         pad_token_id (`int`): Fills up rows.
         device (`torch.device`): Where the tokens live.
+        enlarged (`list[list[torch.LongTensor]]`, *optional*): See [`Drawing`].
     """
 
     def __init__(
@@ -85,8 +86,9 @@ class SpeculativeDrawing(Drawing):
         window: int,
         pad_token_id: int,
         device: torch.device,
+        enlarged: list[list[torch.LongTensor]] | None = None,
     ):
-        super().__init__(config, grids, 1, pad_token_id, device)
+        super().__init__(config, grids, 1, pad_token_id, device, enlarged)
         self.window, self.num_drafted = window, 0
         copied = (copied_places(*grid, config.code_order) for grid in grids)
         self.copied = torch.stack([F.pad(places, (0, self.total - len(places))) for places in copied]).to(device)

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from ..configuration_mars import MarsConfig
 from ..conversion.checkpoints import Checkpoint
 from ..evaluation.provenance import local_checkpoint
-from ..image_processing_mars import MarsImageProcessor, encode_pixels, new_image_processor
+from ..image_processing_mars import MarsImageProcessor, encode_pixels, enlarge_codes, new_image_processor
 from ..weights_mars import base_of, complete_weights
 from .records import (
     CAPTIONS,
@@ -49,6 +49,7 @@ from .records import (
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.vq_model import VQModel
 
+LOWRES_COLUMNS = ("lowres_codes", "enlarged_codes")
 CODE_COLUMNS = {"image_codes": List(Value("int32")), "height": Value("int32"), "width": Value("int32")}
 LOCK = ".lock"  # of a folder that is written to
 PIXEL_SETTINGS = ("resample", "rescale_factor", "image_mean", "image_std", "max_pixels")
@@ -112,7 +113,8 @@ def encode_records(
 
     `image_codes`, `height` and `width` take the place of `image`, in `segments` too; all other columns stay, but for
     captions that are too long, which are cut or passed over as the rules say. For super-resolution, `lowres_codes` are
-    those of the same picture scaled down. Bad records are left out and counted, there and in `codes.json`.
+    those of the same picture scaled down, and `enlarged_codes` those of what these show, scaled up again. Bad records
+    are left out and counted, there and in `codes.json`.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): From [`open_records`].
@@ -151,7 +153,7 @@ def encode_records(
     check_split_name(split)
     out, features = Path(out), _coded_features(dataset.features)
     if lowres_factor is not None:
-        features = Features({**features, "lowres_codes": CODE_COLUMNS["image_codes"]})
+        features = Features({**features, **dict.fromkeys(LOWRES_COLUMNS, CODE_COLUMNS["image_codes"])})
         image_processor = copy.copy(image_processor)
         image_processor.downsample_factor *= lowres_factor  # small pictures have whole codes too
     rules = replace(rules, min_size=max(rules.min_size, image_processor.downsample_factor))
@@ -239,8 +241,10 @@ def _encode(
                 fields |= {"image_codes": codes.flatten().tolist(), "height": height, "width": width}
             if lowres_factor is not None:
                 small = scale_down(pixels, lowres_factor)
-                for (fields, _), codes in zip(batch, encode_pixels(vqgan, small), strict=True):
-                    fields["lowres_codes"] = codes.flatten().tolist()
+                grids = encode_pixels(vqgan, small)
+                both = zip(grids, enlarge_codes(vqgan, grids, lowres_factor), strict=True)
+                for (fields, _), codes in zip(batch, both, strict=True):
+                    fields |= zip(LOWRES_COLUMNS, (grid.flatten().tolist() for grid in codes), strict=True)
     return rows
 
 

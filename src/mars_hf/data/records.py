@@ -75,6 +75,7 @@ class Record(PictureFields, total=False):
     fine_caption_zh: str | None
     segments: list[Segment] | None
     lowres_codes: list[int] | None  # of the same picture made smaller, for super-resolution
+    enlarged_codes: list[int] | None  # of that small one, as its codes give it back, made larger again
     score: float | None  # curates
     style: str | None
     hexcode: str | None  # of an emoji: its code points

@@ -30,12 +30,14 @@ class ShiftedRow:
         shift_labels (`torch.LongTensor` of shape `(seq,)`): What each token predicts, or -100.
         prompt_length (`int`): Text tokens before the first visual one.
         image_sizes (`list[tuple[int, int]]`): Of the pictures, in pixels.
+        enlarged (`list[torch.LongTensor]`): Codes of what they are drawn from, enlarged; see `lowres_embedding`.
     """
 
     input_ids: torch.Tensor
     shift_labels: torch.Tensor
     prompt_length: int
     image_sizes: list[tuple[int, int]]
+    enlarged: list[torch.Tensor]
 
     @classmethod
     def of(cls, row: Row, config: MarsConfig) -> "ShiftedRow":
@@ -66,7 +68,13 @@ class ShiftedRow:
         while end < len(ids) and blocks[end] == blocks[end - 1] >= 0:
             end += 1  # a block is never cut: its tokens see each other
         prompt_length = int(is_visual[:end].float().argmax()) if bool(is_visual[:end].any()) else end
-        return cls(ids[:end], shifted[:end], prompt_length, [tuple(size) for size in row.get("image_sizes", [])])
+        sizes = [tuple(size) for size in row.get("image_sizes", [])]
+        unit, enlarged = config.downsample_factor, row.get("enlarged_codes", [])
+        grids = [
+            torch.as_tensor(codes).view(height // unit, width // unit)
+            for codes, (height, width) in zip(enlarged, sizes, strict=bool(enlarged))
+        ]
+        return cls(ids[:end], shifted[:end], prompt_length, sizes, grids)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -116,7 +124,8 @@ class AlignedCollator:
             "num_drawn": _num_drawn(ids[:, prompt:], labels[:, prompt:], self.config.image_token_offset),
             "task": "+".join(sorted({row.get("task", "rows") for row in rows})),
         }
-        return {**batch, **picture_inputs(self.config, ids, [row.image_sizes for row in shifted])}
+        of_rows = [row.image_sizes for row in shifted], [row.enlarged for row in shifted]
+        return {**batch, **picture_inputs(self.config, ids, *of_rows)}
 
 
 def _num_drawn(ids: torch.Tensor, labels: torch.Tensor, offset: int) -> int:
@@ -168,11 +177,15 @@ class PackedCollator:
             "task": "+".join(sorted(tasks)),
         }
         sizes = [[size for row in rows for size in row.image_sizes] for rows in lines]
-        return {**batch, **picture_inputs(self.config, ids, sizes)}
+        enlarged = [[grid for row in rows for grid in row.enlarged] for rows in lines]
+        return {**batch, **picture_inputs(self.config, ids, sizes, enlarged)}
 
 
 def picture_inputs(
-    config: MarsConfig, input_ids: torch.Tensor, image_sizes: list[list[tuple[int, int]]]
+    config: MarsConfig,
+    input_ids: torch.Tensor,
+    image_sizes: list[list[tuple[int, int]]],
+    enlarged: list[list[torch.Tensor]],
 ) -> dict[str, torch.Tensor]:
     """Give `block_ids` where blocks are longer than a token, and `cells` where the model embeds them."""
     layout = PictureLayout.of(input_ids, config.image_token_offset, config.image_start_token_id)
@@ -180,7 +193,7 @@ def picture_inputs(
     if int(layout.codes_per_step.max()) > 1:
         inputs["block_ids"] = layout.block_ids
     if config.cell_embedding and bool((layout.place >= 0).any()):
-        inputs["cells"] = find_cells(config, input_ids, layout, image_sizes)
+        inputs["cells"] = find_cells(config, input_ids, layout, image_sizes, enlarged)
     return inputs
 
 

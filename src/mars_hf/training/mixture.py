@@ -34,8 +34,8 @@ class Source:
         share (`float`): Share of batches; shares of all sources are divided by their sum.
         records (`Sequence[dict]`, `datasets.Dataset` or `datasets.IterableDataset`):
             With `image_codes` (raster order), `height`, `width` and whatever `write_caption` reads; for
-            super-resolution also `lowres_codes`; documents with `segments`, a list of texts and such records, or of
-            records with a `text` instead.
+            super-resolution also `lowres_codes`, and `enlarged_codes` if the model embeds them; documents with
+            `segments`, a list of texts and such records, or of records with a `text` instead.
         write_caption (`Callable`): `(record, rng) -> str`; not called for documents.
         weights (`torch.Tensor` of shape `(num,)`, *optional*): How often each record comes; once in a pass if None.
         code_noise (`float`, defaults to 0.0):
@@ -165,6 +165,8 @@ class Mixture:
         )
         if draws and source.code_noise:
             row["input_ids"] = self._with_noise(row["input_ids"], source.code_noise * rng.random(), rng)
+        if source.task == "super-resolution" and record.get("enlarged_codes") is not None:
+            row["enlarged_codes"] = [record["enlarged_codes"]]
         return {**row, "image_sizes": [size], "task": source.task}
 
     def _with_noise(self, ids: list[int], share: float, rng: random.Random) -> list[int]:

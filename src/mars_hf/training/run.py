@@ -70,7 +70,9 @@ def with_other_config(
     """
     Start a model of another kind from a trained one: with more codes a step, another order, or super-resolution.
 
-    Cell embeddings that the base does not have start at zero, so that the function is at first the base's.
+    Cell embeddings that the base does not have start at zero, so that the function is at first the base's. Those of
+    the enlarged small picture (`lowres_embedding`) start as the base's embeddings of the same codes: from zero, it
+    would have to be learnt anew which codes are alike.
 
     Raises:
         ValueError: If the changes ask for other weights than the base has.
@@ -82,6 +84,10 @@ def with_other_config(
     odd = fit.unexpected_keys + [name for name in fit.missing_keys if "visual_cell_embedding" not in name]
     if odd:
         raise ValueError(f"`model.config` {changes} asks for other weights than `model.base` has: {', '.join(odd)}.")
+    table = "model.visual_cell_embedding.lowres_code"
+    if table in fit.missing_keys:
+        with torch.no_grad():
+            model.get_parameter(table).copy_(model.model.visual_embed_tokens.weight[: config.codebook_size])
     if config.use_visual_expert:
         model.freeze_text()
     model.generation_config = base.generation_config

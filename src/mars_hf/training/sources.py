@@ -27,7 +27,7 @@ from transformers.utils import logging
 from ..code_order_mars import check_code_order
 from ..configuration_mars import MarsConfig
 from ..data.emoji_captions import CaptionStyle, emoji_caption, subject_weights
-from ..data.encode import encode_records
+from ..data.encode import LOWRES_COLUMNS, encode_records
 from ..data.records import (
     BadRecordError,
     BadRecords,
@@ -81,6 +81,7 @@ class RowRules:
         max_length (`int`): Tokens of the longest row.
         max_grid_size (`int`, *optional*): Codes a side that cell embeddings know.
         super_resolution_factor (`int`, *optional*): How many times larger super-resolution draws.
+        lowres_embedding (`bool`): Whether the model embeds the enlarged small picture.
     """
 
     of_records: RecordRules
@@ -91,6 +92,7 @@ class RowRules:
     max_length: int
     max_grid_size: int | None
     super_resolution_factor: int | None
+    lowres_embedding: bool
 
     @classmethod
     def of(cls, part: DataPart, config: MarsConfig, codes_per_step: Sequence[int], packing: int | None) -> "RowRules":
@@ -115,6 +117,7 @@ class RowRules:
             min(context, packing) if packing else context,
             config.max_grid_size if config.cell_embedding else None,
             config.super_resolution_factor if enlarges else None,
+            enlarges and config.lowres_embedding,
         )
 
     def check(self, record: Mapping[str, Any], num_tokens: Callable[[str], int]) -> None:
@@ -178,11 +181,21 @@ class RowRules:
                 f"{factor} times smaller, got {'none' if codes is None else len(codes)}: encode the pictures with "
                 "`mars-hf data encode --lowres-factor`",
             )
-        if min(codes) < 0 or (codebook_size is not None and max(codes) >= codebook_size):
-            raise BadRecordError(
-                "codes out of range",
-                f"`lowres_codes` must lie in [0, {codebook_size}), got {min(codes)} to {max(codes)}",
-            )
+        columns = {"lowres_codes": codes}
+        if self.lowres_embedding:
+            columns["enlarged_codes"] = large = record.get("enlarged_codes") or []
+            if len(large) != len(record["image_codes"]):
+                raise BadRecordError(
+                    "enlarged codes do not fit",
+                    f"`enlarged_codes` must be as many as `image_codes` ({len(record['image_codes'])}), got "
+                    f"{len(large)}: encode the pictures with `mars-hf data encode --lowres-factor`",
+                )
+        for name, values in columns.items():
+            if min(values) < 0 or (codebook_size is not None and max(values) >= codebook_size):
+                raise BadRecordError(
+                    "codes out of range",
+                    f"`{name}` must lie in [0, {codebook_size}), got {min(values)} to {max(values)}",
+                )
         return expected
 
     def _check_length(self, length: int, texts: Sequence[str], num_tokens: Callable[[str], int]) -> None:
@@ -262,10 +275,10 @@ def build_source(
             records = _encoded_records(part, split, model, processor, rules, args)
             # The pictures were held to these as they came, before they were made smaller.
             rules = replace(rules, of_records=replace(rules.of_records, min_size=1, max_aspect_ratio=None))
-        _refuse_missing_columns(part, records.features)
+        _refuse_missing_columns(part, records.features, rules.lowres_embedding)
         known[key] = _good_records(records, rules, len if processor is None else processor.count_tokens, args)
     records, bad = known[key]
-    _refuse_missing_columns(part, records.features)
+    _refuse_missing_columns(part, records.features, rules.lowres_embedding)
     options: dict[str, Any] = {"drop_caption": 0.0}
     if eval_split is None:
         weights = subject_weights(records["hexcode"], part.balance) if part.balance else None
@@ -350,7 +363,7 @@ def _write_left_out(file: Path, left_out: list[int], bad: BadRecords) -> None:
     os.replace(scratch, file)
 
 
-def _refuse_missing_columns(part: DataPart, features: Features) -> None:
+def _refuse_missing_columns(part: DataPart, features: Features, lowres_embedding: bool) -> None:
     """Refuse data that lack what their task reads, which would end a run in the middle of some batch."""
     needed = dict.fromkeys(PICTURE, ENCODE)
     if part.task == "documents":
@@ -359,7 +372,8 @@ def _refuse_missing_columns(part: DataPart, features: Features) -> None:
     elif part.caption_form == "emoji":
         needed |= dict.fromkeys(EMOJI_TEXTS, "take `captions: {form: records}`")
     if part.task == "super-resolution":
-        needed["lowres_codes"] = "encode the pictures with `mars-hf data encode --lowres-factor`"
+        columns = LOWRES_COLUMNS if lowres_embedding else LOWRES_COLUMNS[:1]
+        needed |= dict.fromkeys(columns, "encode the pictures with `mars-hf data encode --lowres-factor`")
     if part.balance:
         needed["hexcode"] = "leave `balance` out, which is for emoji"
     if part.min_score is not None:
