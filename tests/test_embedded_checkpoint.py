@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mars_hf import DEFAULT_CHECKPOINT, MarsForConditionalGeneration, MarsPipeline, MarsProcessor
+from mars_hf.modeling_mars import is_visual_parameter
+from mars_hf.super_resolution_mars import Enlarger
 
-LARGEST_SIZE = 40 * 2**20
+LARGEST_SIZE = 60 * 10**6
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -28,9 +31,10 @@ def test_it_is_within_its_size_and_holds_no_code() -> None:
     files = [path for path in DEFAULT_CHECKPOINT.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= LARGEST_SIZE
     assert not [path.name for path in files if path.suffix in (".py", ".bin", ".pt", ".pkl")]
-    config = json.loads((DEFAULT_CHECKPOINT / "config.json").read_text())
-    assert "auto_map" not in config and "_name_or_path" not in config["text_config"]  # no code, no one's folders
-    assert config["use_cache"] and config["text_config"]["use_cache"]
+    for folder in (DEFAULT_CHECKPOINT, DEFAULT_CHECKPOINT / "super_resolution"):
+        config = json.loads((folder / "config.json").read_text())
+        assert "auto_map" not in config and "_name_or_path" not in config["text_config"]  # no code, no one's folders
+        assert config["use_cache"] and config["text_config"]["use_cache"]
 
 
 def test_it_computes_in_float32_from_weights_stored_in_half_the_size(pipe) -> None:
@@ -76,3 +80,25 @@ def test_a_drawing_is_captioned_in_words(pipe) -> None:
     written = pipe.model.generate(**inputs, generation_mode="text", max_new_tokens=24, do_sample=False)
     (caption,) = pipe.processor.post_process_image_text_to_text(written, skip_special_tokens=True)
     assert caption.strip() and written[0, -1] in pipe.model.generation_config.eos_token_id
+
+
+def test_its_model_of_super_resolution_stores_what_differs_and_draws_a_sharper_picture_of_the_same(pipe) -> None:
+    stored = load_weights(DEFAULT_CHECKPOINT / "super_resolution")
+    assert all(is_visual_parameter(name) for name in stored)
+    enlarger = Enlarger.of(DEFAULT_CHECKPOINT)
+    small = [pipe("red heart, twemoji style", seed=seed)[0]["generated_image"] for seed in range(3)]
+    large = [
+        enlarger.upscale(picture, "red heart, twemoji style", generator=torch.manual_seed(0)) for picture in small
+    ]
+    for before, after in zip(small, large, strict=True):
+        assert after.size == (128, 128)
+        again = np.asarray(after.resize(before.size, Image.Resampling.BICUBIC), dtype=float)
+        assert np.square(again - np.asarray(before, dtype=float)).mean() < 500  # about 21 dB: the same picture
+        enlarged = before.resize(after.size, Image.Resampling.BICUBIC)
+        assert steepness(after) > steepness(enlarged)
+
+
+def steepness(picture: Image.Image) -> float:
+    """The mean of the steepest hundredth of steps between neighbouring pixels."""
+    steps = np.abs(np.diff(np.asarray(picture.convert("L"), dtype=float), axis=1)).flatten()
+    return float(np.sort(steps)[-len(steps) // 100 :].mean())

@@ -150,7 +150,8 @@ def emoji_facts() -> CardFacts:
             "that looks like an emoji.",
             "People, hands and hearts, of which the data hold many variants, come out well. Subjects with a picture "
             "or two of their own (a cat, a rocket, most flags) are often a blot of the right colours.",
-            "It was trained on square pictures of 64 pixels. Small text inside a picture is lost.",
+            "It was trained on square pictures of 64 pixels. Small text inside a picture is lost. Its model of "
+            "super-resolution draws 128 from them: edges become sharp, what the small picture lost stays lost.",
             "Its language model is tiny and knows little beyond captions.",
             "Bias: an emoji exists for what its makers found worth a sign. Professions, foods, families and customs "
             "without one are unknown here, and the few people that there are stand for all others.",

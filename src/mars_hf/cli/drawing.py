@@ -146,7 +146,7 @@ def _fingerprint(model: str) -> str:
     return fingerprint(checkpoint_folder(model))
 
 
-@app.command(epilog=examples('mars-hf upscale small.png --caption "a red apple" --model my-mars --out large.png'))
+@app.command(epilog=examples('mars-hf upscale small.png --caption "a red apple" --out large.png'))
 def upscale(
     picture: Annotated[Path, typer.Argument(help="Picture file.")],
     out: Annotated[Path, typer.Option(metavar="FILE.png", help="PNG to write.")],
