@@ -123,6 +123,8 @@ def test_arms_are_trained_once_and_an_arm_that_fails_does_not_end_the_others(
     printed = benchmark("ablations", *asked, *arms, cwd=tmp_path)
     written = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "out").glob("*.json")}
     assert len(written) == len(arms) and written["K16-best-order-0"]["codes_per_step"] == 16
+    config = json.loads((tmp_path / "out" / "runs" / "K16-best-order-0" / "final" / "config.json").read_text())
+    assert config["cell_embedding"] and config["lowres_embedding"]
     assert written["stages-I-II-III-0"]["frechet_128"].keys() == {"1", "16"}
     assert "| stages I, II, III |" in printed and "best order at K = 16 to K = 1:" in printed
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*") if file.is_file()}

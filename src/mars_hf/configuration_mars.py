@@ -80,8 +80,8 @@ class MarsConfig(PreTrainedConfig):
             on each side than the one that is drawn. None draws from text alone.
         lowres_embedding (`bool`, defaults to `False`):
             In super-resolution, add to each token of a picture a learnt embedding of the code that the small picture,
-            enlarged by bicubic interpolation, has in the cell that the token predicts. Ours, not in the paper:
-            attention to the small codes alone takes far more training to tell what belongs in a cell.
+            enlarged by bicubic interpolation, has in the cell that the token predicts. Ours, not in the paper,
+            which leaves it to attention to find out what belongs in a cell.
         base_checkpoint (`dict[str, str]`, *optional*):
             `{"path", "sha256"}` of the checkpoint against which this one is stored; see `weights_mars.py`.
         mars_format (`int`, defaults to 1):
