@@ -5,6 +5,7 @@ the width of mars-emoji.
     python examples/train_text_model.py --data-cache data/packages --out runs/text-half --hidden-size 128 --compile
     encode="mars-hf data encode --model runs/vqgan"
     $encode --data data/emoji-64 --size 64 64 --out data/emoji-64-codes
+    $encode --data data/emoji-64 --size 64 64 --split test --out data/emoji-64-codes
     mars-hf data canvases --data data/emoji-128 --out data/emoji-canvas
     $encode --data data/emoji-canvas --short-side 64 --out data/emoji-canvas-codes
     $encode --data data/emoji-128 --size 128 128 --lowres-factor 2 --out data/emoji-128-codes
@@ -23,6 +24,7 @@ at K = 4.
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 import time
@@ -37,9 +39,11 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from mars_hf import MarsForConditionalGeneration, MarsProcessor
+from mars_hf.data.records import open_records
 from mars_hf.data.text import with_style
 from mars_hf.evaluation.metrics import frechet_distance
 from mars_hf.super_resolution_mars import Enlarger
+from mars_hf.training.collation import AlignedCollator
 from mars_hf.training.recipe import Recipe
 from mars_hf.training.run import train
 
@@ -147,6 +151,33 @@ def identity(model: Path, *asked: str) -> dict[str, float]:
 
 
 @torch.no_grad()
+def code_loss(base: Path) -> float:
+    """Mean negative log-likelihood of the codes of test pictures after their captions, in nats; only codes compete."""
+    model = MarsForConditionalGeneration.from_pretrained(base, dtype=torch.float32).eval()
+    processor, config = MarsProcessor.from_pretrained(base), model.config
+    collate = AlignedCollator(config, processor.tokenizer.pad_token_id)
+    records = open_records(str(options.data / "emoji-64-codes"), "test", vqgan=model.vqgan).to_list()
+    records = random.Random(0).sample(records, min(options.pictures, len(records)))
+    losses = []
+    for start in range(0, len(records), 20):
+        batch = collate(
+            [
+                processor.training_example(
+                    "text-to-image",
+                    with_style(record["caption_en"], record["style"], "en"),
+                    *(record[name] for name in ("image_codes", "height", "width")),
+                )
+                for record in records[start : start + 20]
+            ]
+        )
+        fed = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+        codes = batch["shift_labels"] - config.image_token_offset
+        logits = model(**fed, vocabulary="visual").logits[codes >= 0][:, : config.codebook_size]
+        losses.append(F.cross_entropy(logits, codes[codes >= 0], reduction="none"))
+    return float(torch.cat(losses).mean())
+
+
+@torch.no_grad()
 def distance_at_128(base: Path, enlarger: Enlarger | None, k: int = 1) -> float:
     """Fréchet distance on VQ-GAN features between pictures of test prompts at 128 pixels and the true ones."""
     model = MarsForConditionalGeneration.from_pretrained(base, dtype=torch.float32).eval()
@@ -190,6 +221,7 @@ def stages_arm(arm: str, seed: int) -> dict:
     assert model is not None
     return {
         "minutes": minutes,
+        "code_loss": code_loss(model),
         "top_1": identity(model),
         "top_1_64x96": identity(model, "--size", "64", "96", "--splits", "test", "--languages", "en"),
         "frechet_128": {k: distance_at_128(model, enlarger, k) for k in ((1, 16) if enlarger else (1,))},
@@ -233,11 +265,11 @@ def results(arms: dict, seeds: list[int]) -> dict[str, list[dict]]:
 
 def print_stages() -> None:
     """Print the first table, seeds side by side."""
-    print("\n| arm | minutes | train, en | train, zh | test, en | test, zh | test, en, 64 x 96 | Fréchet, 128 px |")
-    print("|---|---|---|---|---|---|---|---|")
+    names = [f"{split}, {language}" for split in ("train", "test") for language in ("en", "zh")]
+    head = ["arm", "minutes", "nats a code", *names, "test, en, 64 x 96", "Fréchet, 128 px"]
+    print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for arm, done in results(STAGES, options.seeds).items():
-        names = [f"{split}, {language}" for split in ("train", "test") for language in ("en", "zh")]
-        columns = [[f"{one['minutes']:.0f}" for one in done]]
+        columns = [[f"{one['minutes']:.0f}" for one in done], [f"{one['code_loss']:.3f}" for one in done]]
         columns += [[f"{one['top_1'][name]:.1f}" for one in done] for name in names]
         columns += [[f"{one['top_1_64x96']['test, en']:.1f}" for one in done]]
         columns += [[" / ".join(f"{score:.3f}" for score in one["frechet_128"].values()) for one in done]]
