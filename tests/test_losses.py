@@ -64,8 +64,19 @@ def test_the_grammars_loss_is_cross_entropy_among_what_it_admits(model, chunk_si
     assert terms.gate == 0 and torch.allclose(terms.code, joint.code) and torch.allclose(terms.text, joint.text)
 
 
-def test_shared_labels_are_soft_cross_entropy_among_codes(model):
+@pytest.mark.parametrize("head", ["plain", "LoRA", "trained copy"])
+def test_shared_labels_are_soft_cross_entropy_among_codes(model, head):
     ids, labels = rows(model)
+    if head != "plain":
+        from peft import LoraConfig, get_peft_model
+
+        where = {"target_modules": ["vision_head"]} if head == "LoRA" else {"modules_to_save": ["vision_head"]}
+        config = LoraConfig(r=2, **{"target_modules": r".*layers\.0\.visual_mlp\.up_proj", **where})
+        model = get_peft_model(model, config).double().get_base_model()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1)
     shares = neighbouring_codes(model.vqgan.quantize.embedding.weight, 0.02, num_neighbours=5)
     terms = model(ids, labels=labels, head_loss=HeadLoss("grammar", shares))
     offset, targets = model.config.image_token_offset, shifted(labels)

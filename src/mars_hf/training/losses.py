@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
@@ -153,11 +154,14 @@ class HeadLoss:
         if self.neighbours is None:
             wanted = visual.gather(1, codes[:, None]).squeeze(1)
         else:
-            # The mean logit of a label's neighbours is the state times their mean head row: no gather from logits.
-            head = model.vision_head.weight
-            self.neighbours = self.neighbours.to(head.device)  # sharded models come to theirs when training begins
-            mean_rows = F.embedding(codes, self.neighbours.to(head.dtype) @ head[:count])
-            wanted = (_at_least_float32(states) * _at_least_float32(mean_rows)).sum(-1)
+            head = model.vision_head
+            self.neighbours = self.neighbours.to(states.device)  # sharded models come to theirs when training begins
+            if isinstance(head, nn.Linear):
+                # The mean logit of a label's neighbours is the state times their mean head row: no gather from logits.
+                mean_rows = F.embedding(codes, self.neighbours.to(head.weight.dtype) @ head.weight[:count])
+                wanted = (_at_least_float32(states) * _at_least_float32(mean_rows)).sum(-1)
+            else:  # an adapter wraps it: its logits are more than its weight's
+                wanted = (F.embedding(codes, self.neighbours) * visual[:, :count]).sum(-1)
         code = (lse_codes - wanted).sum()
         if self.scope == "grammar":
             return code, torch.zeros_like(code)
