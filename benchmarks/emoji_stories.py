@@ -25,12 +25,14 @@ from tqdm.auto import tqdm
 from mars_hf import DEFAULT_CHECKPOINT, MarsForConditionalGeneration, MarsProcessor
 from mars_hf.data.emoji import split_of
 from mars_hf.data.stories import held_out_stories
+from mars_hf.studio import Studio
 
 SIDE, NUM_CANDIDATES, MAX_NEW_TOKENS = 32, 100, 448
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", required=True, help="emoji data at 64 pixels")
 parser.add_argument("--model", default=str(DEFAULT_CHECKPOINT))
+parser.add_argument("--adapter", type=Path, help="PEFT adapter to tell with; the model's own if not given")
 parser.add_argument("--stories", type=int, default=50)
 parser.add_argument("--seed", type=int, default=0, help="of the pictures' sampler")
 parser.add_argument("--json", type=Path, help="write the scores to this file too")
@@ -41,7 +43,7 @@ if options.json:
 torch.set_flush_denormal(True)
 model = MarsForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32).eval()
 processor = MarsProcessor.from_pretrained(options.model)
-processor.image_tokenizer = model.vqgan
+model = Studio(model, processor, Path(options.model), options.adapter).storyteller
 data = concatenate_datasets([load_dataset(options.data, split=split) for split in ("train", "test")])
 rows = data.remove_columns("image").to_list()
 of_style: dict[str, list[int]] = {}

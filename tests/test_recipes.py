@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -14,11 +15,13 @@ import torch
 import yaml
 from datasets import Dataset
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import Qwen2Tokenizer
 
 from mars_hf import DEFAULT_CHECKPOINT, MarsConfig, MarsForConditionalGeneration, MarsProcessor
 from mars_hf.modeling_mars import is_visual_parameter
 from mars_hf.training import run, sources
+from mars_hf.training.estimate import estimate_cost
 from mars_hf.training.recipe import RECIPES, STAGES, DataPart, ModelPart, Recipe
 from mars_hf.training.run import build_model, build_source, check_resumption, make_trainer, train
 
@@ -121,6 +124,15 @@ def test_the_papers_numbers_stand_in_its_recipes():
         (["data", 0, "captions"], {"chinese": "all"}, "`data.captions.chinese`.*float"),
         (["data", 0, "max_caption_length"], 0, "`data.max_caption_length` must be 1 or more, got 0"),
         (["data", 0, "long_captions"], "cut", "`data.long_captions` must be one of truncate, drop, got 'cut'"),
+        (["model", "adapter"], {"r": -1}, "`model.adapter.r` is a rank of 1 or more, or 0 for no adapter, got -1"),
+        (["model", "adapter"], {"r": 4, "lora_alpha": 0}, "`model.adapter.lora_alpha` must be above 0, got 0"),
+        (["model", "adapter"], {"r": 4, "experts": "text"}, "adapter.experts` must be one of visual, all, got 'text'"),
+        (
+            ["model"],
+            {"base": "b", "adapter": {"r": 4}, "image_defaults": {"top_k": 1}},
+            "`model.image_defaults` would",
+        ),
+        (["model"], {"text": "t", "vqgan": "v", "adapter": {"r": 4}}, "`model.text` would be in no checkpoint"),
         (["evaluation"], {"split": "test", "num_batches": 0}, "`evaluation.num_batches` must be 1 or more, got 0"),
         (["evaluation"], {"prompts": ["a"]}, "drawn at each evaluation, which needs an `evaluation.split`"),
     ],
@@ -261,6 +273,47 @@ def test_each_stage_trains_the_visual_part_and_leaves_a_complete_model(folder, s
     log = json.loads((folder / "run" / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("experts", ["visual", "all"])
+def test_an_adapter_trains_alone_and_is_taken_off_again(folder, experts):
+    part = {"base": str(folder / "base"), "adapter": {"r": 2, "experts": experts}}
+    data = [{"source": str(folder / "stories.parquet"), "task": "documents"}]
+    settings = {"loss": {"label_spread": 0.1}, "optimizer": {"learning_rate": 1e-2}}
+    recipe = recipe_in(folder, stage="documents", model=part, data=data, **settings)
+    final = train(recipe, folder / "run")
+    assert "adapter_model.safetensors" in {path.name for path in final.iterdir()} > {"processor_config.json"}
+    assert not list(final.glob("model*.safetensors"))
+    adapted, base = (MarsForConditionalGeneration.from_pretrained(at) for at in (final, folder / "base"))
+    processor = MarsProcessor.from_pretrained(final)
+    words = processor("a b c", return_tensors="pt")["input_ids"]
+    picture = torch.tensor([processor.training_example("text-to-image", "a", list(range(16)), 16, 16)["input_ids"]])
+    offset = base.config.image_token_offset
+    said = base(words).logits
+    assert torch.equal(adapted(words).logits[..., :offset], said[..., :offset]) == (experts == "visual")
+    assert not torch.equal(adapted(picture).logits, base(picture).logits)
+    adapted.disable_adapters()
+    assert torch.equal(adapted(words).logits, said)
+    assert torch.equal(adapted(picture).logits, base(picture).logits)
+
+
+def test_an_adapter_that_was_interrupted_ends_with_the_same_weights(folder):
+    recipe = recipe_in(folder, model={"base": str(folder / "base"), "adapter": {"r": 2}})
+    final = train(recipe, folder / "run") / "adapter_model.safetensors"
+    weights = load_file(final)
+    shutil.rmtree(folder / "run" / "checkpoint-4")
+    shutil.rmtree(folder / "run" / "final")
+    train(recipe, folder / "run")
+    again = load_file(final)
+    assert weights.keys() == again.keys() and all(torch.equal(value, again[name]) for name, value in weights.items())
+
+
+def test_an_adapter_is_refused_where_it_is_not_made_for(folder):
+    part = {"base": str(folder / "base"), "adapter": {"r": 2}}
+    with pytest.raises(ValueError, match="Muon makes every direction.*optimizer.name: adamw"):
+        recipe_in(folder, model=part, optimizer={"name": "muon", "muon_learning_rate": 1e-3})
+    with pytest.raises(ValueError, match="A dry run does not estimate adapters"):
+        estimate_cost(recipe_in(folder, model=part))
 
 
 def test_a_model_without_visual_experts_takes_another_configuration(make_model, tiny_processor, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -514,6 +515,22 @@ def test_noise_replaces_fed_codes_and_no_label(tiny_processor):
         dropped += row["input_ids"][0] >= tiny_processor.image_token_offset
     assert 0.18 < sum(shares) / len(shares) < 0.31  # shares are uniform between 0 and 0.5
     assert 40 < dropped < 80
+
+
+def test_noise_reaches_every_picture_of_a_document_and_no_word(tiny_processor):
+    (stories,) = [source for source in sources() if source.task == "documents"]
+    plain, noisy = (
+        MixtureDataset(tiny_processor, [replace(stories, code_noise=noise)], 2, num_batches=40) for noise in (0, 0.8)
+    )
+    offset, shares = tiny_processor.image_token_offset, []
+    for clean, row in zip(plain, noisy, strict=True):
+        assert row["labels"] == clean["labels"]
+        pairs = list(zip(clean["input_ids"], row["input_ids"], strict=True))
+        assert all(fed == true for true, fed in pairs if not offset <= true < offset + 40)
+        assert all(offset <= fed < offset + 40 for true, fed in pairs if fed != true)
+        of_codes = [fed != true for true, fed in pairs if offset <= true < offset + 40]
+        shares.append((sum(of_codes[:6]) / 6, sum(of_codes[6:]) / 4))  # of two pictures
+    assert all(0.28 < sum(of_picture) / len(shares) < 0.5 for of_picture in zip(*shares, strict=True))
 
 
 def test_a_batch_keeps_all_its_captions_or_none_so_that_prompts_of_text_run_apart(make_tiny, tiny_processor):

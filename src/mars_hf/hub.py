@@ -73,12 +73,14 @@ REQUIREMENTS = (
     "pillow>=10.1",
 )
 ENLARGER = "super_resolution"  # folder of a model that travels inside, as `super_resolution_mars.FOLDER`
+DOCUMENTS = "documents"  # folder of a PEFT adapter that travels inside: with it the model writes documents
 GALLERY = "gallery"  # folder of the pictures that the card shows
 # What a checkpoint folder holds for its reader. Code is written anew, and what only training needs stays behind.
 _CARRIED_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt")
 _LEFT_BEHIND = ("trainer_state.json",)
 _NEEDED = ("config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json")
 _INDEX = "model.safetensors.index.json"
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,7 @@ def export_folder(
     gallery: int = 0,
     results: str | os.PathLike | None = None,
     super_resolution: str | os.PathLike | None = None,
+    documents: str | os.PathLike | None = None,
 ) -> Path:
     """
     Write a saved checkpoint as a complete Hub folder, its weights bit for bit as stored.
@@ -228,12 +231,16 @@ def export_folder(
         super_resolution (`str` or `os.PathLike`, *optional*):
             Folder of a model of super-resolution that was trained from `source`, to travel inside: of its weights what
             `source` does not hold. `None` takes the one that `source` carries along, if any.
+        documents (`str` or `os.PathLike`, *optional*):
+            Folder of a PEFT adapter that was trained on `source` for documents, to travel inside. `None` takes the one
+            that `source` carries along, if any.
 
     Returns:
         `Path`: The folder.
 
     Raises:
-        ValueError: If `source` or `super_resolution` holds no complete MARS checkpoint, `out` exists and is not empty
+        ValueError: If `source` or `super_resolution` holds no complete MARS checkpoint, or `documents` no adapter,
+            `out` exists and is not empty
             (with `overwrite`: and is no earlier export), there are fewer prompts than `gallery`, or `results` are no
             results or of other weights.
     """
@@ -244,7 +251,7 @@ def export_folder(
             f"{source} holds only what differs from its base. Export the base, which carries it along, or save it "
             "whole first: `MarsForConditionalGeneration.from_pretrained(...).save_pretrained(...)` and its processor."
         )
-    enlarger = _enlarger_of(source, super_resolution)
+    enlarger, adapter = _enlarger_of(source, super_resolution), _adapter_of(source, documents)
     if facts is None and source.resolve() == DEFAULT_CHECKPOINT.resolve():
         facts = emoji_facts()
     _require_prompts(gallery, facts or CardFacts(), _read_json(source / "config.json"))
@@ -264,6 +271,8 @@ def export_folder(
             _separate_frozen(folder)
         if enlarger is not None:
             _carry_enlarger(enlarger, folder, weights_dtype)
+        if adapter is not None:
+            _carry_adapter(adapter, folder, weights_dtype)
         _complete(folder, facts or CardFacts(), gallery, found)
     return out
 
@@ -296,6 +305,33 @@ def _carry_enlarger(source: Path, out: Path, dtype: str | None) -> None:
         store_against_base(folder, out)
     else:  # whose weights may have been rounded or split just now
         _edit_json(folder / "config.json", base_checkpoint={"path": "..", "sha256": _digest(out)})
+
+
+def _adapter_of(source: Path, asked: str | os.PathLike | None) -> Path | None:
+    """Find the adapter for documents to carry along."""
+    folder = source / DOCUMENTS if asked is None else Path(asked)
+    if asked is None and not folder.is_dir():
+        return None
+    require_adapter(folder)
+    return folder
+
+
+def _carry_adapter(source: Path, out: Path, dtype: str | None) -> None:
+    """Put an adapter into the folder of its base, whose name there is `load_adapter`'s to say."""
+    folder = out / DOCUMENTS
+    folder.mkdir()
+    for name in _ADAPTER:
+        shutil.copyfile(source / name, folder / name)
+    _edit_json(folder / "adapter_config.json", base_model_name_or_path=None)
+    if dtype is not None:
+        _store_weights_as(folder, dtype)
+
+
+def require_adapter(folder: Path) -> None:
+    """Refuse a folder that holds no PEFT adapter; say what is missing."""
+    if missing := [name for name in _ADAPTER if not (folder / name).is_file()]:
+        raise ValueError(f"{folder} holds no PEFT adapter: {', '.join(missing)} is missing.")
+    _stored_shapes(folder / _ADAPTER[1])
 
 
 def store_against_base(folder: str | Path, base: str | Path) -> Path:
@@ -485,7 +521,8 @@ def _complete(folder: Path, facts: CardFacts, gallery: int = 0, results: dict[st
     """Add to a saved model and processor what makes a Hub folder of them."""
     for name in HUB_FILES:
         shutil.copyfile(Path(__file__).parent / name, folder / name)
-    (folder / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", encoding="utf-8")
+    needed = [*REQUIREMENTS, *(["peft>=0.18"] if (folder / DOCUMENTS).is_dir() else [])]
+    (folder / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")
     _edit_json(folder / "config.json", auto_map=AUTO_MAP, custom_pipelines=CUSTOM_PIPELINES)
     _edit_json(folder / "tokenizer_config.json", auto_map=_PROCESSOR)
     image_processor = _read_json(folder / "processor_config.json")["image_processor"]
@@ -650,6 +687,20 @@ With `super_resolution=True` a second model, in the folder `super_resolution`, d
 pipe({quoted[0]}, super_resolution=True, seed=0)[0]["generated_image"].save("large.png")
 ```
 """
+    telling = ""
+    if (folder / DOCUMENTS).is_dir():
+        telling = f"""
+The adapter in the folder `{DOCUMENTS}` (it takes `pip install peft`) makes it tell stories:
+
+```python
+# On the Hub: `load_adapter` of the repository's name, with `adapter_kwargs={{"subfolder": "{DOCUMENTS}"}}`.
+pipe.model.load_adapter("{folder.name}/{DOCUMENTS}")
+(document,) = pipe("Pictures of a dog in two styles: noto and twemoji.\\n", generation_mode="interleaved", seed=0)
+for part in document["generated_interleaved"]:
+    print(part)
+pipe.model.delete_adapter("default")  # captions and single pictures are drawn without it
+```
+"""
     return f"""```python
 from transformers import pipeline
 
@@ -672,7 +723,7 @@ print(pipe(images="picture-0.png", max_new_tokens=20)[0]["generated_text"])
 for part in document["generated_interleaved"]:  # texts and pictures
     print(part)
 ```
-
+{telling}
 The Auto classes load the parts: `AutoModel`, `AutoModelForMultimodalLM`, `AutoModelForImageTextToText` and
 `AutoModelForCausalLM` give the full model, `AutoProcessor`, `AutoImageProcessor`, `AutoTokenizer` and `AutoConfig`
 what belongs to it. The stock pipelines `image-text-to-text` and `text-generation` work, too; the latter tokenises

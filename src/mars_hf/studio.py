@@ -6,6 +6,7 @@ stories.
 What this file leaves to others: files (`picture_files.py`, `documents.py`), pages and options.
 """
 
+import copy
 import math
 import os
 from functools import cached_property
@@ -22,7 +23,7 @@ from .evaluation.config import RunConfig
 from .evaluation.drawing import Drawer
 from .evaluation.provenance import checkpoint_folder
 from .handler import MAX_CHARACTERS, MAX_SEED, forbidden_character, shows_nothing
-from .hub import require_checkpoint
+from .hub import DOCUMENTS, require_adapter, require_checkpoint
 from .image_processing_mars import check_image_size
 from .super_resolution_mars import FOLDER as SUPER_RESOLUTION
 from .super_resolution_mars import Enlarger
@@ -78,7 +79,9 @@ class Studio:
     Args:
         model ([`MarsForConditionalGeneration`]): The checkpoint.
         processor ([`MarsProcessor`]): Its processor; it is given the model's VQ-GAN.
-        folder (`Path`, *optional*): Where it lies, perhaps with a model of super-resolution inside.
+        folder (`Path`, *optional*): Where it lies, perhaps with a model of super-resolution or an adapter inside.
+        adapter (`Path`, *optional*):
+            Folder of a PEFT adapter to tell stories with. Defaults to the one that the checkpoint carries, if any.
 
     Example:
         >>> studio = Studio.open("mars-emoji")
@@ -87,27 +90,39 @@ class Studio:
         'red apple'
     """
 
-    def __init__(self, model: MarsForConditionalGeneration, processor: MarsProcessor, folder: Path | None = None):
-        self.model, self.processor, self.folder = model, processor, folder
+    def __init__(
+        self,
+        model: MarsForConditionalGeneration,
+        processor: MarsProcessor,
+        folder: Path | None = None,
+        adapter: Path | None = None,
+    ):
+        carried = None if folder is None else folder / DOCUMENTS
+        if adapter is None and carried is not None and carried.is_dir():
+            adapter = carried
+        self.model, self.processor, self.folder, self.adapter = model, processor, folder, adapter
         processor.image_tokenizer = model.vqgan
 
     @classmethod
-    def open(cls, name: str | os.PathLike) -> "Studio":
+    def open(cls, name: str | os.PathLike, adapter: Path | None = None) -> "Studio":
         """
         Load a checkpoint onto the accelerator, if there is one.
 
         Args:
             name (`str` or `os.PathLike`): A folder; else `"mars-emoji"`, the embedded one; or a name on the Hub.
+            adapter (`Path`, *optional*): See above.
 
         Raises:
-            ValueError: If there is no MARS.
+            ValueError: If there is no MARS, or no adapter.
         """
+        if adapter is not None:
+            require_adapter(adapter)
         folder = checkpoint_folder(str(name))
         require_checkpoint(folder)
         register()
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         model = MarsForConditionalGeneration.from_pretrained(folder).to(device)
-        return cls(model.eval(), MarsProcessor.from_pretrained(folder), folder)
+        return cls(model.eval(), MarsProcessor.from_pretrained(folder), folder, adapter)
 
     @property
     def can_enlarge(self) -> bool:
@@ -127,6 +142,22 @@ class Studio:
         enlarger = Enlarger.of(self.folder)
         enlarger.model.to(self.model.device)
         return enlarger
+
+    @cached_property
+    def storyteller(self) -> MarsForConditionalGeneration:
+        """
+        The model with the adapter for stories, made when it is first needed; the model itself if there is none.
+
+        It shares its weights with the model, which draws and captions without the adapter.
+
+        Raises:
+            ValueError: If there is an adapter and PEFT is not installed.
+        """
+        if self.adapter is None:
+            return self.model
+        twin = copy.deepcopy(self.model, {id(weight): weight for weight in self.model.parameters()})
+        twin.load_adapter(str(self.adapter))
+        return twin.eval()
 
     def drawer(
         self, height: int | None = None, width: int | None = None, super_resolution: bool = False, **sampling: Any
@@ -226,7 +257,7 @@ class Studio:
         if max_new_tokens is None:
             max_new_tokens = self._room_for_a_story(prompt_length, height, width)
         generator = torch.Generator(self.model.device).manual_seed(check_seed(seed))
-        written = self.model.generate(
+        written = self.storyteller.generate(
             **inputs,
             generation_mode="interleaved",
             generator=generator,

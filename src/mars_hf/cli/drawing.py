@@ -235,6 +235,10 @@ def story(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest story, in tokens and codes. [default: room for 4 pictures]")
     ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="PEFT adapter to tell it with. [default: the checkpoint's own, if any]"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print files and texts as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -249,7 +253,7 @@ def story(
         from mars_hf.studio import Studio, check_prompt, check_seed
 
         check_prompt(title), check_seed(seed)
-        studio = Studio.open(model)
+        studio = Studio.open(model, adapter)
         options: dict[str, Any] = {"guidance_scale": guidance_scale, "max_new_tokens": max_new_tokens}
         streamer = ImageStreamer(studio.model.vqgan, None, progress=True)
         segments = studio.tell(title, height, width, seed, **options, streamer=streamer)

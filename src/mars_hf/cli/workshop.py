@@ -194,6 +194,10 @@ def export(
             metavar="FOLDER", help="A model that enlarges its pictures, to travel inside.", show_default="its own"
         ),
     ] = None,
+    documents: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="A PEFT adapter for documents, to travel inside.", show_default="its own"),
+    ] = None,
     push: Annotated[
         str | None,
         typer.Option(
@@ -219,7 +223,7 @@ def export(
         if push is not None:
             check_repo_id(push) if dry_run else check_upload(push)
         content = {"weights_dtype": weights_dtype, "gallery": gallery, "results": results}
-        content |= {"super_resolution": super_resolution}
+        content |= {"super_resolution": super_resolution, "documents": documents}
         if push is None or overwrite or not is_export(out):
             export_folder(
                 local_checkpoint(model) or model, out, overwrite=overwrite, separate_frozen=separate_frozen, **content

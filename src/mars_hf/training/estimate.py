@@ -580,6 +580,11 @@ def estimate_cost(
         raise ValueError(f"`utilisation` is a share above 0 and at most 1, got {utilisation}.")
     if peak_tflops <= 0:
         raise ValueError(f"`peak_tflops` must be above 0, got {peak_tflops}.")
+    if recipe.model.adapter.r:
+        raise ValueError(
+            "A dry run does not estimate adapters. Without `model.adapter` it estimates the same recipe for the whole "
+            "visual part, which takes more."
+        )
     method = Method.of(recipe, gpus)
     config, model_from = recipe_config(recipe.model, recipe.assume)
     recipe.check_model(config)

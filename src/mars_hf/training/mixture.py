@@ -39,10 +39,10 @@ class Source:
         write_caption (`Callable`): `(record, rng) -> str`; not called for documents.
         weights (`torch.Tensor` of shape `(num,)`, *optional*): How often each record comes; once in a pass if None.
         code_noise (`float`, defaults to 0.0):
-            Largest share of the codes fed of pictures that are drawn (and of those that super-resolution starts from)
-            that are replaced by random ones (labels are not); each row draws its own share. A picture of a small data
-            set can be told by its first codes: without noise the model comes to lean on them instead of on the prompt,
-            and goes astray on its own drawings.
+            Largest share of the codes fed of pictures that are drawn (and of those that super-resolution starts from,
+            and of all in a document) that are replaced by random ones (labels are not); each row draws its own share.
+            A picture of a small data set can be told by its first codes: without noise the model comes to lean on
+            them instead of on the prompt, and goes astray on its own drawings.
         drop_caption (`float`, defaults to 0.1):
             Share of batches that are drawn whose captions are all `<null>`. Together they run apart: `<null>` is
             trained, and a batch whose prompts are text alone needs no gradient in them.
@@ -149,6 +149,8 @@ class Mixture:
         if source.task == "documents":
             segments = [part if isinstance(part, str) else part.get("text") or part for part in record["segments"]]
             row = self.processor.training_document(segments, codes_per_step=self.steps_codes(index))
+            if source.code_noise:
+                row["input_ids"] = self._with_noise(row["input_ids"], source.code_noise * rng.random(), rng)
             return {**row, "task": source.task}
         assert source.write_caption is not None
         draws = source.task in ("text-to-image", "super-resolution")

@@ -23,6 +23,8 @@ from .losses import LOSS_SCOPES
 
 RECIPES = Path(__file__).parent / "recipes"
 FROZEN_DTYPES = ("float32", "bfloat16", "float16")
+_EXPERT = r".*layers\.\d+\.(self_attn\.{kind}[qkvo]_proj|{kind}mlp\.(gate|up|down)_proj)|vision_head"
+ADAPTED_MODULES = {"visual": _EXPERT.format(kind="visual_"), "all": _EXPERT.format(kind="(visual_)?")}
 CAPTION_FORMS = {"records": CaptionMix, "emoji": CaptionStyle}
 # The language model and the VQ-GAN bring the first three, and a checkpoint the others.
 CONFIG_ELSEWHERE = {"text_config", "vq_config", "tie_word_embeddings", "base_checkpoint", "mars_format"}
@@ -110,6 +112,35 @@ STAGES = {
 
 
 @dataclass
+class AdapterPart:
+    """
+    A LoRA of PEFT that trains in place of the visual part, which is frozen then as the rest is. A run's checkpoint is
+    the adapter alone; transformers puts it on its base and takes it off.
+
+    Args:
+        r (`int`, defaults to 0): Rank of its matrices; 0 is no adapter.
+        lora_alpha (`float`, *optional*): What it adds is multiplied by `lora_alpha / r`. Defaults to `2 * r`.
+        experts (`str`, defaults to `"visual"`):
+            Whose projections and feed-forward blocks it is on: the `"visual"` ones, which leaves text as it is, or
+            `"all"`, which changes text while the adapter is on. It is on the vision head in either case.
+
+    Raises:
+        ValueError: If a number is impossible, or the experts are unknown.
+    """
+
+    r: int = 0
+    lora_alpha: float | None = None
+    experts: str = "visual"
+
+    def __post_init__(self) -> None:
+        if self.r < 0:
+            raise ValueError(f"`model.adapter.r` is a rank of 1 or more, or 0 for no adapter, got {self.r}.")
+        if self.lora_alpha is not None and self.lora_alpha <= 0:
+            raise ValueError(f"`model.adapter.lora_alpha` must be above 0, got {self.lora_alpha}.")
+        _refuse_unknown("model.adapter.experts", self.experts, tuple(ADAPTED_MODULES))
+
+
+@dataclass
 class ModelPart:
     """
     Where the model comes from: a MARS to go on from, or a language model and a VQ-GAN to build one of.
@@ -122,9 +153,11 @@ class ModelPart:
         frozen_dtype (`str`, *optional*):
             Round the frozen weights to it, so that what trains sees what is shipped. Those of `base` stay as they are.
         image_defaults (`dict`): Written to the generation config: how pictures are drawn unless a call says otherwise.
+        adapter ([`AdapterPart`]): Trains in place of the visual part of `base`.
 
     Raises:
-        ValueError: If there is too much or too little to make a model of, or a field or a dtype is unknown.
+        ValueError: If there is too much or too little to make a model of, a field or a dtype is unknown, or something
+            would be in no checkpoint beside an adapter.
     """
 
     base: str | None = None
@@ -133,6 +166,7 @@ class ModelPart:
     config: dict[str, Any] = field(default_factory=dict)
     frozen_dtype: str | None = None
     image_defaults: dict[str, Any] = field(default_factory=dict)
+    adapter: AdapterPart = field(default_factory=AdapterPart)
 
     def __post_init__(self) -> None:
         built = self.text or self.vqgan
@@ -150,6 +184,11 @@ class ModelPart:
                 )
         known = [one.name for one in fields(MarsConfig) if one.name in MarsConfig.__annotations__]
         _refuse_unknown_keys("model.config", self.config, [name for name in known if name not in CONFIG_ELSEWHERE])
+        if self.adapter.r and (lost := [name for name in ("text", "config", "image_defaults") if getattr(self, name)]):
+            raise ValueError(
+                f"`model.adapter` is stored without its base, and `model.{lost[0]}` would be in no checkpoint. Train "
+                "and save such a base first."
+            )
 
     @property
     def found_base(self) -> str | Path | None:
@@ -420,6 +459,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _refuse_unknown("stage", self.stage, STAGES)
+        if self.model.adapter.r and self.optimizer.name == "muon":
+            raise ValueError(
+                "Muon makes every direction of a matrix equally strong, which the two halves of a LoRA are not made "
+                "for. Take `optimizer.name: adamw` with `model.adapter`."
+            )
         if not self.data:
             raise ValueError("A recipe needs at least one source under `data`.")
         for part in self.data:
@@ -629,6 +673,7 @@ def _checked(hint: Any, value: Any, place: str) -> Any:
 __all__ = [
     "RECIPES",
     "STAGES",
+    "AdapterPart",
     "AssumedPart",
     "DataPart",
     "EvaluationPart",

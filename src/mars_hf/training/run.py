@@ -2,7 +2,7 @@
 From a recipe to a trained model: builds what it names, trains, goes on where an interrupted run stopped.
 
 A run's folder holds `run.json` (the recipe and what it was run on), `checkpoint-N`, and at last `final`, a complete
-MARS with its processor.
+MARS with its processor, or of a recipe with an adapter that adapter with the processor.
 """
 
 import json
@@ -25,7 +25,7 @@ from ..prompts_mars import END_OF_TEXT
 from .collation import AlignedCollator, PackedCollator
 from .mixture import MixtureDataset, MixtureStream, PackedStream, Source
 from .muon import muon_with_adamw
-from .recipe import DataPart, ModelPart, Recipe
+from .recipe import ADAPTED_MODULES, AdapterPart, DataPart, ModelPart, Recipe
 from .samples import SamplePictures
 from .sources import build_source, build_sources, rows_of_an_epoch, tell_streams
 from .text import last_checkpoint
@@ -97,6 +97,17 @@ def with_other_config(
     return model.eval(), processor
 
 
+def with_adapter(model: MarsForConditionalGeneration, part: AdapterPart) -> Any:
+    """Put a new adapter on a model and freeze all else; give the model itself if the recipe names none."""
+    if not part.r:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    alpha = 2 * part.r if part.lora_alpha is None else part.lora_alpha
+    targets = ADAPTED_MODULES[part.experts]
+    return get_peft_model(model, LoraConfig(r=part.r, lora_alpha=alpha, target_modules=targets))
+
+
 def _attention() -> str:
     """On CPUs torch's fused attention has a slow backward: half of a step at 32-wide heads."""
     return "sdpa" if torch.accelerator.is_available() else "eager"
@@ -141,6 +152,7 @@ def make_trainer(recipe: Recipe, out: Path, compile_pictures: bool = False) -> t
     """
     model, processor = build_model(recipe.model)
     recipe.check_model(model.config)
+    model = with_adapter(model, recipe.model.adapter)
     args = training_arguments(recipe, out)
     sources = build_sources(recipe, model, processor, args=args)
     data = _training_rows(recipe, model, processor, sources, args)
