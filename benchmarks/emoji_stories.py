@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from mars_hf import DEFAULT_CHECKPOINT, MarsForConditionalGeneration, MarsProcessor
 from mars_hf.data.emoji import split_of
 from mars_hf.data.stories import held_out_stories
+from mars_hf.evaluation.provenance import checkpoint_folder
 from mars_hf.studio import Studio
 
 SIDE, NUM_CANDIDATES, MAX_NEW_TOKENS = 32, 100, 448
@@ -41,9 +42,11 @@ if options.json:
     options.json.parent.mkdir(parents=True, exist_ok=True)
 
 torch.set_flush_denormal(True)
-model = MarsForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32).eval()
-processor = MarsProcessor.from_pretrained(options.model)
-model = Studio(model, processor, Path(options.model), options.adapter).storyteller
+folder = checkpoint_folder(options.model)
+model = MarsForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+studio = Studio(model, MarsProcessor.from_pretrained(folder), folder, options.adapter)
+model, processor = studio.storyteller, studio.processor
+named = f"{options.model} with the adapter {studio.adapter}" if studio.adapter else options.model
 data = concatenate_datasets([load_dataset(options.data, split=split) for split in ("train", "test")])
 rows = data.remove_columns("image").to_list()
 of_style: dict[str, list[int]] = {}
@@ -120,10 +123,8 @@ scores = {
     "first in, %": 100 * float(np.mean(ranks == 1)),
     "its worst rank": int(ranks.max()),
 }
-print(
-    f"{options.model}: {len(stories)} stories, greedy words; {len(every)} pictures, {len(recognised['test'])} held out"
-)
+print(f"{named}: {len(stories)} stories, greedy words; {len(every)} pictures, {len(recognised['test'])} held out")
 for name, score in scores.items():
     print(f"{name:48} {score:8.3g}")
 if options.json:
-    options.json.write_text(json.dumps({"model": options.model, "stories": len(stories), "scores": scores}, indent=1))
+    options.json.write_text(json.dumps({"model": named, "stories": len(stories), "scores": scores}, indent=1))

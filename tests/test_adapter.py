@@ -7,12 +7,14 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_hub_files import run_python
+from transformers import AutoModel, CompileConfig
 from typer.testing import CliRunner
 
-from mars_hf import MarsForConditionalGeneration, MarsProcessor, hub
+from mars_hf import MarsForConditionalGeneration, hub
 from mars_hf.cli import app
+from mars_hf.handler import EndpointHandler
 from mars_hf.studio import Studio
 from mars_hf.training.recipe import ADAPTED_MODULES
 
@@ -57,7 +59,51 @@ def test_stories_are_told_with_the_adapter_and_all_else_is_done_without(base, ad
     told = studio.tell("a", seed=3, max_new_tokens=40)
     assert told == Studio.open(base, adapter).tell("a", seed=3, max_new_tokens=40)
     assert told != Studio.open(base).tell("a", seed=3, max_new_tokens=40)
-    assert Studio.open(base).storyteller is not None and Studio.open(base).adapter is None
+    alone = Studio.open(base)
+    assert alone.adapter is None and alone.storyteller is alone.model
+
+
+def test_what_was_compiled_without_the_adapter_is_not_called_with_it(carrying):
+    studio = Studio.open(carrying)
+    studio.model.get_compiled_call(CompileConfig())
+    assert "_compiled_call" in vars(studio.model) and "_compiled_call" not in vars(studio.storyteller)
+
+
+def test_an_endpoint_writes_documents_with_the_adapter_and_all_else_without(base, adapter, carrying):
+    asked = {"inputs": "a", "parameters": {"generation_mode": "interleaved", "max_new_tokens": 40, "seed": 3}}
+    plain, adapted = EndpointHandler(str(base)), EndpointHandler(str(carrying))
+    captioned = {"inputs": "a", "parameters": {"generation_mode": "text", "max_new_tokens": 20}}
+    for _ in range(2):
+        assert adapted(captioned) == plain(captioned)
+        assert adapted(asked) != plain(asked)
+
+
+def test_an_adapter_of_another_model_is_refused(adapter, carrying, make_model, tiny_processor, tmp_path):
+    other = hub.export_checkpoint(make_model(), tiny_processor, tmp_path / "other")
+    with pytest.raises(ValueError, match="was trained on the weights of .*mars-tiny, which are others than those"):
+        hub.export_folder(other, tmp_path / "out", documents=adapter)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    for changed, message in (
+        (
+            {name: value for name, value in weights.items() if "layers.0." not in name},
+            "does not fit the model: .*first",
+        ),
+        ({name: value.repeat(2, 2) for name, value in weights.items()}, "does not fit the model"),
+    ):
+        save_file(changed, carrying / "documents" / "adapter_model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            Studio.open(carrying).storyteller  # noqa: B018
+
+
+def test_an_adapter_is_loaded_on_a_base_that_is_whole(adapter, base):
+    for load in (MarsForConditionalGeneration, AutoModel):
+        assert load.from_pretrained(adapter, trust_remote_code=True).active_adapters() == ["default"]
+    weights = load_file(base / "model.safetensors")
+    del weights["vision_head.weight"]
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    for load in (MarsForConditionalGeneration, AutoModel):
+        with pytest.raises(ValueError, match="missing: vision_head.weight"):
+            load.from_pretrained(adapter, trust_remote_code=True)
 
 
 def test_the_command_line_takes_an_adapter_and_says_what_is_none(base, adapter, tmp_path):
@@ -82,9 +128,15 @@ def test_an_export_carries_the_adapter_along(adapter, carrying, tmp_path):
         assert stored["base_model_name_or_path"] is None  # no folder of the machine that it was trained on
         assert any(line.startswith("peft") for line in (out / "requirements.txt").read_text().splitlines())
         assert "load_adapter" in (out / "README.md").read_text(encoding="utf-8")
-    model = MarsForConditionalGeneration.from_pretrained(carrying)
-    model.load_adapter(str(carrying / "documents"))
-    assert torch.equal(model(WORDS).logits, MarsForConditionalGeneration.from_pretrained(adapter)(WORDS).logits)
+    for out in (carrying, again):
+        model = MarsForConditionalGeneration.from_pretrained(out)
+        plain = model(WORDS).logits
+        model.load_adapter(str(out / "documents"))
+        logits = model(WORDS).logits
+        model.disable_adapters()
+        assert torch.equal(model(WORDS).logits, plain) and not torch.equal(logits, plain)
+        if out == carrying:
+            assert torch.equal(logits, MarsForConditionalGeneration.from_pretrained(adapter)(WORDS).logits)
 
 
 def test_what_is_no_adapter_is_not_carried_along(base, adapter, tmp_path):
@@ -95,7 +147,7 @@ def test_what_is_no_adapter_is_not_carried_along(base, adapter, tmp_path):
     with pytest.raises(ValueError, match="adapter_model.safetensors is damaged"):
         hub.export_folder(base, tmp_path / "out", documents=broken)
     assert not (tmp_path / "out").exists()
-    assert MarsProcessor.from_pretrained(base) and "load_adapter" not in (base / "README.md").read_text()
+    assert "load_adapter" not in (base / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.integration

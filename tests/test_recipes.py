@@ -15,7 +15,7 @@ import torch
 import yaml
 from datasets import Dataset
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2Tokenizer
 
 from mars_hf import DEFAULT_CHECKPOINT, MarsConfig, MarsForConditionalGeneration, MarsProcessor
@@ -125,6 +125,7 @@ def test_the_papers_numbers_stand_in_its_recipes():
         (["data", 0, "max_caption_length"], 0, "`data.max_caption_length` must be 1 or more, got 0"),
         (["data", 0, "long_captions"], "cut", "`data.long_captions` must be one of truncate, drop, got 'cut'"),
         (["model", "adapter"], {"r": -1}, "`model.adapter.r` is a rank of 1 or more, or 0 for no adapter, got -1"),
+        (["model", "adapter"], {"experts": "all"}, "`model.adapter` needs a rank, `r`, of 1 or more"),
         (["model", "adapter"], {"r": 4, "lora_alpha": 0}, "`model.adapter.lora_alpha` must be above 0, got 0"),
         (["model", "adapter"], {"r": 4, "experts": "text"}, "adapter.experts` must be one of visual, all, got 'text'"),
         (
@@ -300,12 +301,16 @@ def test_an_adapter_trains_alone_and_is_taken_off_again(folder, experts):
 def test_an_adapter_that_was_interrupted_ends_with_the_same_weights(folder):
     recipe = recipe_in(folder, model={"base": str(folder / "base"), "adapter": {"r": 2}})
     final = train(recipe, folder / "run") / "adapter_model.safetensors"
-    weights = load_file(final)
+    weights, halfway = load_file(final), folder / "run" / "checkpoint-2" / "adapter_model.safetensors"
     shutil.rmtree(folder / "run" / "checkpoint-4")
-    shutil.rmtree(folder / "run" / "final")
-    train(recipe, folder / "run")
-    again = load_file(final)
-    assert weights.keys() == again.keys() and all(torch.equal(value, again[name]) for name, value in weights.items())
+    for scale, same in ((1, True), (2, False)):  # twice: a checkpoint that is another one shows
+        save_file({name: scale * value for name, value in load_file(halfway).items()}, halfway)
+        shutil.rmtree(folder / "run" / "final")
+        train(recipe, folder / "run")
+        shutil.rmtree(folder / "run" / "checkpoint-4")
+        again = load_file(final)
+        assert weights.keys() == again.keys()
+        assert all(torch.equal(value, again[name]) for name, value in weights.items()) == same
 
 
 def test_an_adapter_is_refused_where_it_is_not_made_for(folder):
@@ -314,6 +319,18 @@ def test_an_adapter_is_refused_where_it_is_not_made_for(folder):
         recipe_in(folder, model=part, optimizer={"name": "muon", "muon_learning_rate": 1e-3})
     with pytest.raises(ValueError, match="A dry run does not estimate adapters"):
         estimate_cost(recipe_in(folder, model=part))
+    with pytest.raises(ValueError, match="`model.adapter` is to be on the visual experts.*`experts: all`"):
+        recipe_in(folder, model=part).check_model(MarsConfig(use_visual_expert=False))
+
+
+def test_an_adapter_finds_its_base_from_any_folder_and_is_no_base_itself(folder, monkeypatch, tmp_path_factory):
+    monkeypatch.chdir(folder)
+    final = train(recipe_in(folder, model={"base": "base", "adapter": {"r": 2}}), folder / "run")
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert MarsForConditionalGeneration.from_pretrained(final).active_adapters() == ["default"]
+    for model in ({"base": str(final)}, {"base": str(final), "adapter": {"r": 2}}):
+        with pytest.raises(ValueError, match="is an adapter: what is trained beyond it would be in no checkpoint"):
+            train(recipe_in(folder, model=model), folder / "next")
 
 
 def test_a_model_without_visual_experts_takes_another_configuration(make_model, tiny_processor, tmp_path):

@@ -64,7 +64,8 @@ def test_an_upload_makes_a_private_repository_and_brings_the_folder(folder: Path
 
 
 def test_weights_of_an_earlier_upload_do_not_stay_beside_new_ones(folder: Path) -> None:
-    api, more = FakeHub(), ("model.safetensors", "super_resolution/model.safetensors", "super_resolution/config.json")
+    api, more = FakeHub(), ["model.safetensors", "super_resolution/model.safetensors", "super_resolution/config.json"]
+    more += ["documents/adapter_model.safetensors", "documents/adapter_config.json"]
     for name in more:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("weights")

@@ -41,6 +41,7 @@ MAX_NEW_TOKENS = 4096
 MAX_SEED = 2**63 - 1
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MODES = ("image", "text", "interleaved")
+DOCUMENTS = "documents"  # folder of the adapter that documents are written with, where there is one
 ROLES = ("system", "user", "assistant")
 
 
@@ -312,7 +313,22 @@ class EndpointHandler:
         if not config.is_file() or json.loads(config.read_text(encoding="utf-8")).get("model_type") != "mars":
             raise ValueError(f"{folder} holds no MARS: expected a folder that `mars-hf export` wrote.")
         self.pipeline = pipeline("any-to-any", model=str(folder), trust_remote_code=True)
+        self.has_adapter = (folder / DOCUMENTS / "adapter_config.json").is_file()
+        if self.has_adapter:
+            self.pipeline.model.load_adapter(str(folder / DOCUMENTS))
+            self.pipeline.model.disable_adapters()
         self.lock = threading.Lock()
+
+    def _run(self, asked: dict[str, Any], arguments: dict[str, Any]) -> Any:
+        """Run the pipeline; documents are written with the adapter, and all else is done without."""
+        with_adapter = self.has_adapter and arguments["generation_mode"] == "interleaved"
+        if with_adapter:
+            self.pipeline.model.enable_adapters()
+        try:
+            return self.pipeline(**asked, **arguments)
+        finally:
+            if with_adapter:
+                self.pipeline.model.disable_adapters()
 
     def __call__(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         """
@@ -337,7 +353,7 @@ class EndpointHandler:
             with self.lock:  # the pixels of one request at a time, too
                 if "images" in asked or not isinstance(asked["text"], str):
                     decode_pictures(asked)
-                results = self.pipeline(**asked, **arguments)
+                results = self._run(asked, arguments)
         except RequestError:
             raise
         except ValueError as error:  # MARS's own words for whoever asked

@@ -72,6 +72,7 @@ REQUIREMENTS = (
     "numpy>=1.26",
     "pillow>=10.1",
 )
+PEFT = "peft>=0.20"  # of a folder with an adapter: what transformers 5.23 takes
 ENLARGER = "super_resolution"  # folder of a model that travels inside, as `super_resolution_mars.FOLDER`
 DOCUMENTS = "documents"  # folder of a PEFT adapter that travels inside: with it the model writes documents
 GALLERY = "gallery"  # folder of the pictures that the card shows
@@ -93,6 +94,7 @@ class CardFacts:
         license (`str`): Licence of the weights, as the Hub names it.
         languages (`tuple[str, ...]`): Languages of the captions, as two-letter codes.
         prompts (`tuple[str, ...]`): Prompts that the checkpoint draws well.
+        title (`str`): First line of a document that it writes with the adapter that it carries, if any.
         guidance_scale (`float`): Strength of guidance in the examples.
         training_data (`str`): Markdown on what it was trained on, with the licence of each part.
         limits (`tuple[str, ...]`): What it does not do, and what it does more readily than it should.
@@ -102,6 +104,7 @@ class CardFacts:
     license: str = "other"
     languages: tuple[str, ...] = ("en", "zh")
     prompts: tuple[str, ...] = ("a red apple", "红苹果")
+    title: str = "A red apple."
     guidance_scale: float = 3.0
     training_data: str = "Not stated by whoever exported this checkpoint."
     limits: tuple[str, ...] = ("Nothing was stated about its limits.",)
@@ -141,6 +144,7 @@ def emoji_facts() -> CardFacts:
             "红心，twemoji 风格",
             "teacher: medium skin tone",
         ),
+        title="Pictures of a red heart in two styles: noto and twemoji.",
         # The strictest of its parts: OpenMoji and CC-CEDICT are share-alike.
         license="cc-by-sa-4.0",
         training_data=(
@@ -308,12 +312,20 @@ def _carry_enlarger(source: Path, out: Path, dtype: str | None) -> None:
 
 
 def _adapter_of(source: Path, asked: str | os.PathLike | None) -> Path | None:
-    """Find the adapter for documents to carry along."""
-    folder = source / DOCUMENTS if asked is None else Path(asked)
-    if asked is None and not folder.is_dir():
+    """Find the adapter for documents to carry along, and hold it to the weights that it was trained on."""
+    folder = carried_adapter(source) if asked is None else Path(asked)
+    if folder is None:
         return None
     require_adapter(folder)
+    base = _read_json(folder / _ADAPTER[0]).get("base_model_name_or_path")
+    if base is not None and Path(base).is_dir() and _digest(Path(base)) != _digest(source):
+        raise ValueError(f"{folder} was trained on the weights of {base}, which are others than those of {source}.")
     return folder
+
+
+def carried_adapter(folder: Path) -> Path | None:
+    """Give the folder of the adapter that a checkpoint carries, if any."""
+    return folder / DOCUMENTS if (folder / DOCUMENTS / _ADAPTER[0]).is_file() else None
 
 
 def _carry_adapter(source: Path, out: Path, dtype: str | None) -> None:
@@ -521,7 +533,7 @@ def _complete(folder: Path, facts: CardFacts, gallery: int = 0, results: dict[st
     """Add to a saved model and processor what makes a Hub folder of them."""
     for name in HUB_FILES:
         shutil.copyfile(Path(__file__).parent / name, folder / name)
-    needed = [*REQUIREMENTS, *(["peft>=0.18"] if (folder / DOCUMENTS).is_dir() else [])]
+    needed = [*REQUIREMENTS, *([PEFT] if (folder / DOCUMENTS).is_dir() else [])]
     (folder / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")
     _edit_json(folder / "config.json", auto_map=AUTO_MAP, custom_pipelines=CUSTOM_PIPELINES)
     _edit_json(folder / "tokenizer_config.json", auto_map=_PROCESSOR)
@@ -690,15 +702,16 @@ pipe({quoted[0]}, super_resolution=True, seed=0)[0]["generated_image"].save("lar
     telling = ""
     if (folder / DOCUMENTS).is_dir():
         telling = f"""
-The adapter in the folder `{DOCUMENTS}` (it takes `pip install peft`) makes it tell stories:
+The adapter in the folder `{DOCUMENTS}` (it takes `pip install peft`) makes it write documents of a known form, such as
+stories; the endpoint puts it on for documents by itself:
 
 ```python
 # On the Hub: `load_adapter` of the repository's name, with `adapter_kwargs={{"subfolder": "{DOCUMENTS}"}}`.
 pipe.model.load_adapter("{folder.name}/{DOCUMENTS}")
-(document,) = pipe("Pictures of a dog in two styles: noto and twemoji.\\n", generation_mode="interleaved", seed=0)
+(document,) = pipe({json.dumps(facts.title + chr(10), ensure_ascii=False)}, generation_mode="interleaved", seed=0)
 for part in document["generated_interleaved"]:
     print(part)
-pipe.model.delete_adapter("default")  # captions and single pictures are drawn without it
+pipe.model.disable_adapters()  # captions and single pictures are made without it
 ```
 """
     return f"""```python

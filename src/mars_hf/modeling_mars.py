@@ -40,7 +40,14 @@ from .code_order_mars import PictureLayout, find_cells, find_small_pictures, siz
 from .configuration_mars import MarsConfig
 from .generation_mars import MarsGenerationMixin
 from .image_processing_mars import decode_codes, encode_pixels, enlarge_codes
-from .weights_mars import HUB_ARGUMENTS, base_of, complete_weights, stored_generation_config
+from .weights_mars import (
+    HUB_ARGUMENTS,
+    adapter_base,
+    base_of,
+    complete_weights,
+    put_on_adapter,
+    stored_generation_config,
+)
 
 Modality = Literal["text", "image"]
 Vocabulary = Literal["all", "text", "visual"]
@@ -316,7 +323,8 @@ class MarsPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any):
         """
-        Load a checkpoint, strictly, and freeze the text part. One that is stored against a base is completed by it.
+        Load a checkpoint, strictly, and freeze the text part. One that is stored against a base is completed by it; a
+        PEFT adapter by itself is put on its base.
 
         See [`~PreTrainedModel.from_pretrained`] for the arguments. Loading resets what is trainable, so the freeze
         is made anew here.
@@ -324,6 +332,11 @@ class MarsPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: If a tensor is missing, unexpected or of the wrong shape, or the base is another one.
         """
+        if (adapted := cls._with_adapter(pretrained_model_name_or_path, kwargs)) is not None:
+            base, adapter, options, kwargs = adapted
+            loaded = cls.from_pretrained(base, *args, **kwargs)
+            put_on_adapter(loaded[0] if isinstance(loaded, tuple) else loaded, adapter, adapter_kwargs=options)
+            return loaded
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs and key not in ("subfolder", "token")}
         name, kwargs = cls._with_base(pretrained_model_name_or_path, kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
@@ -345,6 +358,20 @@ class MarsPreTrainedModel(PreTrainedModel):
             model.freeze_text()
         model._hub_arguments = hub  # what else the repository holds comes of the same revision
         return (model, info) if wants_info else model
+
+    @staticmethod
+    def _with_adapter(name: Any, kwargs: dict[str, Any]) -> tuple[str, str | Path, dict, dict] | None:
+        """Find the base of a folder with an adapter alone; the Auto classes have put its name in the place already."""
+        if name is None:
+            return None
+        options = kwargs.get("adapter_kwargs") or {}
+        adapter, subfolder = options.get("_adapter_model_path"), kwargs.get("subfolder") or ""
+        rest = {key: value for key, value in kwargs.items() if key not in ("adapter_kwargs", "subfolder")}
+        if adapter is not None:
+            options = {key: value for key, value in options.items() if key != "_adapter_model_path"}
+            return name, adapter, options, {**rest, "subfolder": subfolder}
+        base = adapter_base(name, subfolder)
+        return None if base is None else (base, Path(name) / subfolder, options, rest)
 
     @classmethod
     def _with_base(cls, name: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -23,10 +23,11 @@ from .evaluation.config import RunConfig
 from .evaluation.drawing import Drawer
 from .evaluation.provenance import checkpoint_folder
 from .handler import MAX_CHARACTERS, MAX_SEED, forbidden_character, shows_nothing
-from .hub import DOCUMENTS, require_adapter, require_checkpoint
+from .hub import carried_adapter, require_adapter, require_checkpoint
 from .image_processing_mars import check_image_size
 from .super_resolution_mars import FOLDER as SUPER_RESOLUTION
 from .super_resolution_mars import Enlarger
+from .weights_mars import put_on_adapter
 
 MAX_PROMPT_LENGTH = MAX_CHARACTERS  # how many tokens fit is the processor's to say
 MAX_CAPTION_TOKENS = 128
@@ -97,9 +98,10 @@ class Studio:
         folder: Path | None = None,
         adapter: Path | None = None,
     ):
-        carried = None if folder is None else folder / DOCUMENTS
-        if adapter is None and carried is not None and carried.is_dir():
-            adapter = carried
+        if adapter is None and folder is not None:
+            adapter = carried_adapter(folder)
+        if adapter is not None:
+            require_adapter(adapter)
         self.model, self.processor, self.folder, self.adapter = model, processor, folder, adapter
         processor.image_tokenizer = model.vqgan
 
@@ -115,8 +117,6 @@ class Studio:
         Raises:
             ValueError: If there is no MARS, or no adapter.
         """
-        if adapter is not None:
-            require_adapter(adapter)
         folder = checkpoint_folder(str(name))
         require_checkpoint(folder)
         register()
@@ -148,15 +148,17 @@ class Studio:
         """
         The model with the adapter for stories, made when it is first needed; the model itself if there is none.
 
-        It shares its weights with the model, which draws and captions without the adapter.
+        It shares its weights, which are frozen from then on, with the model, which draws and captions without the
+        adapter.
 
         Raises:
-            ValueError: If there is an adapter and PEFT is not installed.
+            ValueError: If the adapter is one of another model.
         """
         if self.adapter is None:
             return self.model
         twin = copy.deepcopy(self.model, {id(weight): weight for weight in self.model.parameters()})
-        twin.load_adapter(str(self.adapter))
+        vars(twin).pop("_compiled_call", None)  # the model's own, which knows no adapter
+        put_on_adapter(twin, self.adapter)
         return twin.eval()
 
     def drawer(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 # An earlier upload may have left weights in other files, which would be read in place of the new ones.
-REPLACED = ["*.safetensors", "*.safetensors.index.json", "super_resolution/*", "gallery/*"]
+REPLACED = ["*.safetensors", "*.safetensors.index.json", "super_resolution/*", "documents/*", "gallery/*"]
 IGNORED = [".*", "*/.*", "__pycache__/*", "*/__pycache__/*"]
 
 

@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.modeling_utils import load_state_dict
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+)
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -56,6 +62,36 @@ def complete_weights(name: str | Path, base: dict[str, str], subfolder: str = ""
     return tensors
 
 
+def adapter_base(name: str | Path, subfolder: str = "") -> str | None:
+    """Read which model a folder with a PEFT adapter and nothing else belongs on; None of any other place."""
+    folder = Path(name) / subfolder
+    file = folder / ADAPTER_CONFIG_NAME
+    if not file.is_file() or (folder / CONFIG_NAME).is_file():
+        return None
+    return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+
+def put_on_adapter(model: Any, folder: str | Path, **kwargs: Any) -> None:
+    """
+    Load a PEFT adapter onto a model.
+
+    Args:
+        model ([`MarsForConditionalGeneration`]): Its base.
+        folder (`str` or `Path`): Of the adapter, or its name on the Hub.
+        kwargs: Of `load_adapter`.
+
+    Raises:
+        ValueError: If it is an adapter of another model.
+    """
+    try:
+        found = model.load_adapter(str(folder), **kwargs)
+        odd = sorted(map(str, found.missing_keys | found.unexpected_keys))
+    except RuntimeError as error:  # shapes that differ
+        raise ValueError(f"The adapter {folder} does not fit the model: {error}") from None
+    if odd:
+        raise ValueError(f"The adapter {folder} does not fit the model: {len(odd)} tensors, {odd[0]} first.")
+
+
 def stored_generation_config(name: str | Path, subfolder: str = "", **hub: Any) -> GenerationConfig:
     """Read a generation config; of a subfolder of a local folder the library would read the one above."""
     if Path(name).is_dir():
@@ -88,8 +124,10 @@ def weights_digest(files: list[str]) -> str:
 
 __all__ = [
     "HUB_ARGUMENTS",
+    "adapter_base",
     "base_of",
     "complete_weights",
+    "put_on_adapter",
     "stored_generation_config",
     "weight_files",
     "weights_digest",

@@ -583,7 +583,7 @@ def estimate_cost(
     if recipe.model.adapter.r:
         raise ValueError(
             "A dry run does not estimate adapters. Without `model.adapter` it estimates the same recipe for the whole "
-            "visual part, which takes more."
+            "visual part."
         )
     method = Method.of(recipe, gpus)
     config, model_from = recipe_config(recipe.model, recipe.assume)

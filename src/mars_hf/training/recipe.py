@@ -138,6 +138,8 @@ class AdapterPart:
         if self.lora_alpha is not None and self.lora_alpha <= 0:
             raise ValueError(f"`model.adapter.lora_alpha` must be above 0, got {self.lora_alpha}.")
         _refuse_unknown("model.adapter.experts", self.experts, tuple(ADAPTED_MODULES))
+        if not self.r and (self.lora_alpha is not None or self.experts != "visual"):
+            raise ValueError("`model.adapter` needs a rank, `r`, of 1 or more; without one nothing is adapted.")
 
 
 @dataclass
@@ -527,9 +529,13 @@ class Recipe:
             config ([`MarsConfig`]): Of `model`, its `config` included.
 
         Raises:
-            ValueError: If the model is made for other codes a step, lacks super-resolution, or cannot draw
-                `evaluation.prompts`.
+            ValueError: If the model is made for other codes a step, lacks super-resolution or what an adapter is to be
+                on, or cannot draw `evaluation.prompts`.
         """
+        if self.model.adapter.r and self.model.adapter.experts == "visual" and not config.use_visual_expert:
+            raise ValueError(
+                "`model.adapter` is to be on the visual experts, and this model has none: set `experts: all`."
+            )
         if self.stage == "super-resolution" and config.super_resolution_factor is None:
             raise ValueError(
                 "The stage super-resolution needs a model that knows how many times larger it draws: set "

@@ -25,7 +25,7 @@ from ..prompts_mars import END_OF_TEXT
 from .collation import AlignedCollator, PackedCollator
 from .mixture import MixtureDataset, MixtureStream, PackedStream, Source
 from .muon import muon_with_adamw
-from .recipe import ADAPTED_MODULES, AdapterPart, DataPart, ModelPart, Recipe
+from .recipe import ADAPTED_MODULES, DataPart, ModelPart, Recipe
 from .samples import SamplePictures
 from .sources import build_source, build_sources, rows_of_an_epoch, tell_streams
 from .text import last_checkpoint
@@ -45,6 +45,11 @@ def build_model(part: ModelPart) -> tuple[MarsForConditionalGeneration, MarsProc
         model = MarsForConditionalGeneration.from_pretrained(
             part.found_base, dtype=torch.float32, attn_implementation=_attention()
         )
+        if getattr(model, "peft_config", None):
+            raise ValueError(
+                f"`model.base` {part.base} is an adapter: what is trained beyond it would be in no checkpoint. Name "
+                "the model that it belongs on."
+            )
         processor = MarsProcessor.from_pretrained(part.found_base)
         if part.config:
             model, processor = with_other_config(model, processor, part.config)
@@ -97,15 +102,16 @@ def with_other_config(
     return model.eval(), processor
 
 
-def with_adapter(model: MarsForConditionalGeneration, part: AdapterPart) -> Any:
-    """Put a new adapter on a model and freeze all else; give the model itself if the recipe names none."""
-    if not part.r:
-        return model
+def with_adapter(model: MarsForConditionalGeneration, part: ModelPart) -> Any:
+    """Put the new adapter of a recipe on its base, and freeze all else."""
     from peft import LoraConfig, get_peft_model
 
-    alpha = 2 * part.r if part.lora_alpha is None else part.lora_alpha
-    targets = ADAPTED_MODULES[part.experts]
-    return get_peft_model(model, LoraConfig(r=part.r, lora_alpha=alpha, target_modules=targets))
+    alpha = 2 * part.adapter.r if part.adapter.lora_alpha is None else part.adapter.lora_alpha
+    targets = ADAPTED_MODULES[part.adapter.experts]
+    adapted = get_peft_model(model, LoraConfig(r=part.adapter.r, lora_alpha=alpha, target_modules=targets))
+    base = part.found_base  # which the adapter is to find from any folder
+    adapted.peft_config["default"].base_model_name_or_path = str(base.absolute() if isinstance(base, Path) else base)
+    return adapted
 
 
 def _attention() -> str:
@@ -152,7 +158,8 @@ def make_trainer(recipe: Recipe, out: Path, compile_pictures: bool = False) -> t
     """
     model, processor = build_model(recipe.model)
     recipe.check_model(model.config)
-    model = with_adapter(model, recipe.model.adapter)
+    if recipe.model.adapter.r:
+        model = with_adapter(model, recipe.model)
     args = training_arguments(recipe, out)
     sources = build_sources(recipe, model, processor, args=args)
     data = _training_rows(recipe, model, processor, sources, args)
@@ -281,7 +288,7 @@ def train(recipe: Recipe, out: str | Path, compile_pictures: bool = False, allow
         allow_changes (`bool`, defaults to `False`): Go on with a run although recipe, data or processes differ.
 
     Returns:
-        `Path`: Folder of the finished model and its processor.
+        `Path`: Folder of the finished model, or of a recipe's adapter, and its processor.
 
     Raises:
         ValueError: If models, data or the run in `out` do not fit the recipe.
