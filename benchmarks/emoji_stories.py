@@ -69,8 +69,8 @@ def is_recognised(picture: Image.Image, hexcode: str, style: str) -> bool:
     return min(distances) == distances[0]
 
 
-def tell(story: dict) -> list:
-    """Continue a title, in the words of its first line, to the end."""
+def tell(story: dict) -> tuple[bool, list[Image.Image], list[str]]:
+    """Continue a title, in the words of its first line, to the end; give its pictures, and the lines behind it."""
     prompt = processor(story["segments"][0], height=64, width=64, generation_mode="interleaved")
     told = model.generate(
         **prompt, generation_mode="interleaved", do_sample=False, max_new_tokens=MAX_NEW_TOKENS,
@@ -80,7 +80,8 @@ def tell(story: dict) -> list:
     by_itself = int(told[0, -1]) in (ends if isinstance(ends, list) else [ends])
     pixels = model.decode_image_tokens(told, prompt["image_sizes"])
     (segments,) = processor.post_process_multimodal_output(told, generation_mode="interleaved", pixel_values=pixels)
-    return [by_itself, *(part for part in segments if not isinstance(part, str))]
+    lines = [part.strip() for part in segments if isinstance(part, str)]
+    return by_itself, [part for part in segments if not isinstance(part, str)], lines[1:]
 
 
 @torch.no_grad()
@@ -102,9 +103,12 @@ stories = held_out_stories(data, options.stories)
 ended = right_number = 0
 recognised: dict[str, list[bool]] = {"train": [], "test": []}
 starts: list[tuple[float, int]] = []
+same_lines: list[bool] = []
 for story in tqdm(stories, unit="story", leave=False):
     starts += starts_of_pictures(story)
-    by_itself, *pictures = tell(story)
+    by_itself, pictures, lines = tell(story)
+    due = [part.strip() for part in story["segments"][1:] if isinstance(part, str)]
+    same_lines += [number < len(lines) and lines[number] == line for number, line in enumerate(due)]
     ended += by_itself
     right_number += by_itself and len(pictures) == len(story["expected"])
     for number, subject in enumerate(story["expected"]):  # a picture that is missing is as bad as a wrong one
@@ -116,6 +120,7 @@ every = [*recognised["train"], *recognised["test"]]
 scores = {
     "ends by itself, %": 100 * ended / len(stories),
     "with the right number of pictures, %": 100 * right_number / len(stories),
+    "lines and endings to the letter, %": 100 * float(np.mean(same_lines)),
     "pictures that show the subject that is due, %": 100 * float(np.mean(every)),
     **{f"of them of {split} pairs, %": 100 * float(np.mean(of)) for split, of in recognised.items() if of},
     "`<img>` where it is due: median chance": float(np.median(chances)),

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from mars_hf import DEFAULT_CHECKPOINT, MarsForConditionalGeneration, MarsPipeline, MarsProcessor
 from mars_hf.modeling_mars import is_visual_parameter
+from mars_hf.studio import Studio
 from mars_hf.super_resolution_mars import Enlarger
 
 LARGEST_SIZE = 60 * 10**6
@@ -96,6 +97,24 @@ def test_its_model_of_super_resolution_stores_what_differs_and_draws_a_sharper_p
         assert np.square(again - np.asarray(before, dtype=float)).mean() < 500  # about 21 dB: the same picture
         enlarged = before.resize(after.size, Image.Resampling.BICUBIC)
         assert steepness(after) > steepness(enlarged)
+
+
+def test_its_adapter_tells_a_story_of_the_pictures_that_the_title_asks_for(pipe) -> None:
+    studio = Studio(pipe.model, pipe.processor, DEFAULT_CHECKPOINT)
+    assert studio.adapter == DEFAULT_CHECKPOINT / "documents"
+    stories = {
+        "Pictures of a red heart in two styles: noto and twemoji.": "That is all.",
+        "红心的图片，两种风格：noto 和 twemoji。": "就是这些。",
+    }
+    for title, ending in stories.items():
+        heading, *told = studio.tell(title)
+        line, end = (part.strip() for part in told if isinstance(part, str))
+        assert heading == title + "\n" and line.startswith("2. ") and end == ending
+        first, second = (np.asarray(part, dtype=float) for part in told if not isinstance(part, str))
+        assert first.shape == second.shape == (64, 64, 3) and (first != second).any()
+        for picture in (first, second):  # white ground included
+            red, green, blue = picture.mean((0, 1))
+            assert red > 1.2 * max(green, blue)
 
 
 def steepness(picture: Image.Image) -> float:

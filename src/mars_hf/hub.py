@@ -158,7 +158,9 @@ def emoji_facts() -> CardFacts:
             "or two of their own (a cat, a rocket, most flags) are often a blot of the right colours.",
             "It was trained on square pictures of 64 pixels. Small text inside a picture is lost. Its model of "
             "super-resolution draws 128 from them: edges become sharp, what the small picture lost stays lost.",
-            "Its language model is tiny and knows little beyond captions.",
+            "Its language model is tiny and knows little beyond captions. Stories have one form, of one to four "
+            "pictures. Of 50 held-out titles all got the right number; half of the later lines have a wrong name or "
+            "style, and about half of the pictures show what is due.",
             "Bias: an emoji exists for what its makers found worth a sign. Professions, foods, families and customs "
             "without one are unknown here, and the few people that there are stand for all others.",
         ),
