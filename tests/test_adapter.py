@@ -92,7 +92,7 @@ def test_an_adapter_of_another_model_is_refused(adapter, carrying, make_model, t
     ):
         save_file(changed, carrying / "documents" / "adapter_model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=message):
-            Studio.open(carrying).storyteller  # noqa: B018
+            Studio.open(carrying).tell("a")
 
 
 def test_an_adapter_is_loaded_on_a_base_that_is_whole(adapter, base):
@@ -104,6 +104,11 @@ def test_an_adapter_is_loaded_on_a_base_that_is_whole(adapter, base):
     for load in (MarsForConditionalGeneration, AutoModel):
         with pytest.raises(ValueError, match="missing: vision_head.weight"):
             load.from_pretrained(adapter, trust_remote_code=True)
+
+
+def test_an_adapter_that_names_no_base_is_not_loaded_by_itself(carrying):
+    with pytest.raises(ValueError, match="names no base.*`model.load_adapter`"):
+        MarsForConditionalGeneration.from_pretrained(carrying / "documents")
 
 
 def test_the_command_line_takes_an_adapter_and_says_what_is_none(base, adapter, tmp_path):

@@ -74,7 +74,7 @@ REQUIREMENTS = (
 )
 PEFT = "peft>=0.20"  # of a folder with an adapter: what transformers 5.23 takes
 ENLARGER = "super_resolution"  # folder of a model that travels inside, as `super_resolution_mars.FOLDER`
-DOCUMENTS = "documents"  # folder of a PEFT adapter that travels inside: with it the model writes documents
+DOCUMENTS = "documents"  # folder of an adapter that travels inside, as `handler.DOCUMENTS`
 GALLERY = "gallery"  # folder of the pictures that the card shows
 # What a checkpoint folder holds for its reader. Code is written anew, and what only training needs stays behind.
 _CARRIED_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt")
@@ -159,8 +159,8 @@ def emoji_facts() -> CardFacts:
             "It was trained on square pictures of 64 pixels. Small text inside a picture is lost. Its model of "
             "super-resolution draws 128 from them: edges become sharp, what the small picture lost stays lost.",
             "Its language model is tiny and knows little beyond captions. Stories have one form, of one to four "
-            "pictures. Of 50 held-out titles all got the right number; half of the later lines have a wrong name or "
-            "style, and about half of the pictures show what is due.",
+            "pictures. Of 50 held-out titles all got the right number; 71 % of the later lines and endings are right "
+            "to the letter, and about half of the pictures show what is due.",
             "Bias: an emoji exists for what its makers found worth a sign. Professions, foods, families and customs "
             "without one are unknown here, and the few people that there are stand for all others.",
         ),
@@ -245,10 +245,9 @@ def export_folder(
         `Path`: The folder.
 
     Raises:
-        ValueError: If `source` or `super_resolution` holds no complete MARS checkpoint, or `documents` no adapter,
-            `out` exists and is not empty
-            (with `overwrite`: and is no earlier export), there are fewer prompts than `gallery`, or `results` are no
-            results or of other weights.
+        ValueError: If `source` or `super_resolution` holds no complete MARS checkpoint, or `documents` no adapter of
+            `source`, `out` exists and is not empty (with `overwrite`: and is no earlier export), there are fewer
+            prompts than `gallery`, or `results` are no results or of other weights.
     """
     source, out = Path(source), Path(out)
     require_checkpoint(source)
@@ -336,7 +335,7 @@ def _carry_adapter(source: Path, out: Path, dtype: str | None) -> None:
     folder.mkdir()
     for name in _ADAPTER:
         shutil.copyfile(source / name, folder / name)
-    _edit_json(folder / "adapter_config.json", base_model_name_or_path=None)
+    _edit_json(folder / _ADAPTER[0], base_model_name_or_path=None)
     if dtype is not None:
         _store_weights_as(folder, dtype)
 

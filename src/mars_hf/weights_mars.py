@@ -63,12 +63,23 @@ def complete_weights(name: str | Path, base: dict[str, str], subfolder: str = ""
 
 
 def adapter_base(name: str | Path, subfolder: str = "") -> str | None:
-    """Read which model a folder with a PEFT adapter and nothing else belongs on; None of any other place."""
+    """
+    Read which model a folder with a PEFT adapter and nothing else belongs on; None of any other place.
+
+    Raises:
+        ValueError: If the adapter does not say.
+    """
     folder = Path(name) / subfolder
     file = folder / ADAPTER_CONFIG_NAME
     if not file.is_file() or (folder / CONFIG_NAME).is_file():
         return None
-    return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if base is None:
+        raise ValueError(
+            f"{folder} holds an adapter that names no base, as one does that a checkpoint carries. Load the "
+            "checkpoint, and put the adapter on it by `model.load_adapter`."
+        )
+    return base
 
 
 def put_on_adapter(model: Any, folder: str | Path, **kwargs: Any) -> None:
