@@ -9,10 +9,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_hub_files import run_python
-from transformers import AutoModel, CompileConfig
+from transformers import AutoModel, AutoModelForMultimodalLM, CompileConfig
 from typer.testing import CliRunner
 
-from mars_hf import MarsForConditionalGeneration, hub
+from mars_hf import DEFAULT_CHECKPOINT, MarsForConditionalGeneration, hub
 from mars_hf.cli import app
 from mars_hf.handler import EndpointHandler
 from mars_hf.studio import Studio
@@ -95,6 +95,57 @@ def test_an_adapter_of_another_model_is_refused(adapter, carrying, make_model, t
             Studio.open(carrying).tell("a")
 
 
+def test_an_adapter_that_a_checkpoint_carries_knows_its_weights(
+    adapter, carrying, make_model, tiny_processor, tmp_path
+):
+    other = hub.export_checkpoint(make_model(), tiny_processor, tmp_path / "other")
+    with pytest.raises(
+        ValueError, match="on the weights of another checkpoint, which are others than those of .*other"
+    ):
+        hub.export_folder(other, tmp_path / "out", documents=carrying / "documents")
+    hub.export_folder(carrying, tmp_path / "again", documents=carrying / "documents")
+    base, weights = json.loads((DEFAULT_CHECKPOINT / "documents" / "base.json").read_text()), hub._digest
+    assert base == {"sha256": weights(DEFAULT_CHECKPOINT)}
+
+
+def test_an_adapter_of_another_shape_is_refused_though_its_base_is_not_here(adapter, base, tmp_path):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "far/away"}))
+    hub.export_folder(base, tmp_path / "fits", documents=adapter)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    name = next(name for name in weights if name.endswith("lora_A.weight"))
+    weights[name] = weights[name].repeat(1, 2)
+    save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="does not fit .*lora_A.weight is .*trained on it"):
+        hub.export_folder(base, tmp_path / "out", documents=adapter)
+
+
+def test_a_whole_checkpoint_with_an_adapter_beside_it_is_loaded_with_it(adapter, base):
+    adapted = MarsForConditionalGeneration.from_pretrained(adapter)(WORDS).logits
+    for name in hub._ADAPTER:
+        shutil.copyfile(adapter / name, base / name)
+    for load in (MarsForConditionalGeneration, AutoModelForMultimodalLM):
+        model = load.from_pretrained(base)
+        assert model.active_adapters() == ["default"] and torch.equal(model.eval()(WORDS).logits, adapted)
+
+
+def test_a_model_with_an_adapter_on_is_not_exported_as_one_without(adapter, tiny_processor, tmp_path):
+    model = MarsForConditionalGeneration.from_pretrained(adapter)
+    with pytest.raises(ValueError, match="saved as the adapter alone.*`documents`"):
+        hub.export_checkpoint(model, tiny_processor, tmp_path / "out")
+
+
+def test_an_endpoint_does_not_start_with_half_an_adapter(carrying):
+    weights = load_file(carrying / "documents" / "adapter_model.safetensors")
+    save_file(
+        {name: value for name, value in weights.items() if "layers.0." not in name},
+        carrying / "documents" / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(ValueError, match="does not fit: .* tensors, .*layers.0"):
+        EndpointHandler(str(carrying))
+
+
 def test_an_adapter_is_loaded_on_a_base_that_is_whole(adapter, base):
     for load in (MarsForConditionalGeneration, AutoModel):
         assert load.from_pretrained(adapter, trust_remote_code=True).active_adapters() == ["default"]
@@ -128,7 +179,7 @@ def test_an_export_carries_the_adapter_along(adapter, carrying, tmp_path):
         found = load_file(out / "documents" / "adapter_model.safetensors")
         assert found.keys() == expected.keys()
         assert all(torch.equal(value, expected[name].to(dtype)) for name, value in found.items())
-        assert sorted(path.name for path in (out / "documents").iterdir()) == sorted(hub._ADAPTER)
+        assert sorted(path.name for path in (out / "documents").iterdir()) == sorted((*hub._ADAPTER, "base.json"))
         stored = json.loads((out / "documents" / "adapter_config.json").read_text())
         assert stored["base_model_name_or_path"] is None  # no folder of the machine that it was trained on
         assert any(line.startswith("peft") for line in (out / "requirements.txt").read_text().splitlines())

@@ -146,13 +146,13 @@ def test_an_export_holds_the_checkpoint_as_stored_the_code_and_the_maps(tmp_path
 
 
 def test_the_card_counts_parameters_and_states_the_facts(tmp_path: Path, checkpoint: Path) -> None:
-    facts = hub.CardFacts(summary="Draws squares.", limits=("No circles.",), training_data="Squares, CC0.")
+    facts = hub.CardFacts("Draws squares.", limits=("No circles.",), training_data="Squares.", training="An hour.")
     card = (hub.export_folder(checkpoint, tmp_path / "mars-tiny", facts) / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlicense: other\n") and "# mars-tiny" in card
     for words in (
         "Draws squares.",
         "- No circles.",
-        "Squares, CC0.",
+        "## Training data\n\nSquares.\n\n## Training\n\nAn hour.\n\n## Licence",
         "(frozen) | 16 |",
         "head | 208 |",
         "pixels) | 32 |",
@@ -164,6 +164,9 @@ def test_the_card_of_the_embedded_checkpoint_names_every_maker_and_licence() -> 
     facts = hub.emoji_facts()
     for package in [*hub.STYLES.values(), hub.NAMES]:
         assert f"| {package.license} | {package.holder} | {package.source} |" in facts.training_data
+    assert "minutes" in facts.training and "## Training\n" not in hub.model_card(
+        hub.DEFAULT_CHECKPOINT, hub.CardFacts()
+    )
 
 
 def test_the_requirements_of_a_folder_are_those_of_the_package() -> None:

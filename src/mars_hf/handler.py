@@ -315,7 +315,11 @@ class EndpointHandler:
         self.pipeline = pipeline("any-to-any", model=str(folder), trust_remote_code=True)
         self.has_adapter = (folder / DOCUMENTS / "adapter_config.json").is_file()
         if self.has_adapter:
-            self.pipeline.model.load_adapter(str(folder / DOCUMENTS))
+            found = self.pipeline.model.load_adapter(str(folder / DOCUMENTS))
+            if odd := sorted(map(str, found.missing_keys | found.unexpected_keys)):
+                raise ValueError(
+                    f"The adapter in {folder / DOCUMENTS} does not fit: {len(odd)} tensors, {odd[0]} first."
+                )
             self.pipeline.model.disable_adapters()
         self.lock = threading.Lock()
 

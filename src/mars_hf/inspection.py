@@ -11,7 +11,7 @@ from . import MarsConfig
 from .configuration_mars import SPECIAL_TOKENS
 from .conversion.checkpoints import DTYPE_NAMES, Checkpoint
 from .evaluation.provenance import checkpoint_folder, fingerprint
-from .hub import require_checkpoint
+from .hub import DOCUMENTS, ENLARGER, require_checkpoint
 from .modeling_mars import is_visual_parameter
 
 PARTS = {
@@ -19,6 +19,7 @@ PARTS = {
     "visual": "visual experts, embedding, head",
     "vqgan": "VQ-GAN",
 }
+CARRIED = {ENLARGER: "super-resolution", DOCUMENTS: "an adapter for documents"}  # folders inside the checkpoint's
 PROMPT_TOKENS = 64  # that the estimate of the cache allows for
 
 
@@ -31,7 +32,8 @@ def inspect_checkpoint(name: str) -> dict[str, Any]:
 
     Returns:
         `dict[str, Any]`: `folder`, `sha256`, `base_checkpoint`, `language_model`, `parts` (parameters, stored bytes
-        and types, whether they train), `vocabulary` (first and last id of each range), `pictures`, `memory` in bytes.
+        and types, whether they train), `carries` (stored bytes of the models in folders of its own), `vocabulary`
+        (first and last id of each range), `pictures`, `memory` in bytes.
 
     Raises:
         ValueError: If there is no MARS, or its files are damaged.
@@ -53,6 +55,7 @@ def inspect_checkpoint(name: str) -> dict[str, Any]:
             "context": text.max_position_embeddings,
         },
         "parts": _parts(headers, config),
+        "carries": {name: _stored_bytes(folder / name) for name in CARRIED if (folder / name).is_dir()},
         "vocabulary": _vocabulary(config),
         "pictures": {
             "default_size": [config.default_image_size] * 2,
@@ -74,6 +77,10 @@ def _headers(folder: Path, base: dict[str, str] | None) -> dict[str, torch.Tenso
             raise ValueError(f"{folder} is stored against the weights at {base['path']}, but there are none.")
         headers |= Checkpoint(files).headers
     return headers
+
+
+def _stored_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _part_of(name: str) -> str:
@@ -141,6 +148,7 @@ def describe(found: dict[str, Any]) -> str:
         state = "trains" if part["trains"] else "frozen"
         stored = f"{_mib(part['stored_bytes'])} {'/'.join(part['stored_as'])}"
         lines.append(f"{PARTS[name]:<32} {part['parameters']:>13,}   {stored:<18} {state}")
+    lines += [f"{CARRIED[name]:<48}{_mib(size)}, in {name}/" for name, size in found["carries"].items()]
     lines += ["", "ids"]
     lines += [f"{name:<11} {first:>7} to {last:>7}" for name, (first, last) in found["vocabulary"].items()]
     height, width = pictures["default_size"]

@@ -367,6 +367,8 @@ class MarsPreTrainedModel(PreTrainedModel):
         options = kwargs.get("adapter_kwargs") or {}
         adapter, subfolder = options.get("_adapter_model_path"), kwargs.get("subfolder") or ""
         rest = {key: value for key, value in kwargs.items() if key not in ("adapter_kwargs", "subfolder")}
+        if adapter is not None and str(adapter) == str(name):
+            return None  # a whole model with an adapter beside it, which the library puts on
         if adapter is not None:
             options = {key: value for key, value in options.items() if key != "_adapter_model_path"}
             return name, adapter, options, {**rest, "subfolder": subfolder}

@@ -8,8 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tqdm.auto import tqdm
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from .. import DEFAULT_CHECKPOINT, __version__
+from ..weights_mars import adapter_base, weight_files, weights_digest
 
 LIBRARIES = ("torch", "transformers", "diffusers")
 HASHED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".json", ".jinja", ".txt")
@@ -45,7 +47,8 @@ def checkpoint_folder(name: str) -> Path:
 
 def fingerprint(path: str | os.PathLike) -> str:
     """
-    Hash a checkpoint: the names and contents of its weights, configurations and tokenizer, or one file.
+    Hash a checkpoint: the names and contents of its weights, configurations and tokenizer, or one file. Of an adapter
+    by itself the weights of its base count, too.
 
     Returns:
         `str`: A SHA-256 in hexadecimal.
@@ -57,6 +60,8 @@ def fingerprint(path: str | os.PathLike) -> str:
     for file in tqdm(files, desc="Hashing the checkpoint", unit="file", leave=False, delay=5):
         with file.open("rb") as stream:
             whole.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    if path.is_dir() and (path / ADAPTER_CONFIG_NAME).is_file() and (base := adapter_base(path)) is not None:
+        whole.update(f"base {weights_digest(weight_files(base))}\n".encode())
     return whole.hexdigest()
 
 
