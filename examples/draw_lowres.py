@@ -5,9 +5,9 @@ super-resolution meets in use.
     python examples/draw_lowres.py --data data/emoji-128-codes --records 2000 --out data/emoji-128-drawn
 
 `--data` is what `mars-hf data encode --lowres-factor 2` wrote. Records keep all but their `lowres_codes`, which are
-drawn from the caption, and their `enlarged_codes`, which follow them; drawings that are far from the true small
-picture are left out, for its large one would teach to ignore them. Interrupted, it goes on with the next file of 1,000
-records. `codes.json` says whose codes they are.
+drawn from a caption (of emoji in the forms that their language model knows), and their `enlarged_codes`, which follow
+them; drawings that are far from the true small picture are left out, for its large one would teach to ignore them.
+Interrupted, it goes on with the next file of 1,000 records. `codes.json` says whose codes they are.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from mars_hf import DEFAULT_CHECKPOINT, MarsForConditionalGeneration, MarsProcessor
 from mars_hf.data.emoji_captions import CaptionStyle, emoji_caption
 from mars_hf.data.encode import LOWRES_COLUMNS, open_manifest, read_manifest, write_manifest
-from mars_hf.data.records import open_records
+from mars_hf.data.records import CaptionMix, captions_of, open_records
 from mars_hf.image_processing_mars import decode_codes, enlarge_codes
 from mars_hf.weights_mars import weight_files, weights_digest
 
@@ -36,6 +36,12 @@ parser.add_argument("--batch-size", type=int, default=50)
 parser.add_argument("--max-distance", type=float, default=0.05, help="mean squared, pixels in [0, 1]")
 parser.add_argument("--seed", type=int, default=0)
 SHARD = 1000
+
+
+def caption(record: dict, rng: random.Random) -> str:
+    if all(record.get(name) for name in ("caption_en", "caption_zh", "style")):
+        return emoji_caption(record, rng, replace(CaptionStyle(), chinese=float(rng.random() < 0.5), named_style=1.0))
+    return CaptionMix().choose(captions_of(record), rng.getrandbits(32), 0)
 
 
 def small_size(record: dict, factor: int) -> tuple[int, int]:
@@ -104,9 +110,7 @@ def draw_shard(model, processor, rows: list[dict], options: argparse.Namespace, 
         alike = [row for row in rows if small_size(row, factor) == size]
         for start in tqdm(range(0, len(alike), options.batch_size), unit="batch", leave=False):
             records = alike[start : start + options.batch_size]
-            styles = [replace(CaptionStyle(), chinese=float(rng.random() < 0.5), named_style=1.0) for _ in records]
-            captions = [emoji_caption(record, rng, style) for record, style in zip(records, styles, strict=True)]
-            drawn = draw(model, processor, records, captions, size, generator)
+            drawn = draw(model, processor, records, [caption(record, rng) for record in records], size, generator)
             kept += [row for row in drawn if row.pop("distance") <= options.max_distance]
     print(f"file {shard}: {len(kept)} of {len(rows)} drawings are near enough")
     return kept

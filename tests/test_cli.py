@@ -285,6 +285,13 @@ def test_info_counts_the_base_that_a_checkpoint_is_stored_against(folder: Path, 
     assert refused.exit_code == 2 and "stored against the weights at ../tiny, but there are none" in refused.stderr
 
 
+def test_info_tells_what_else_the_embedded_checkpoint_holds(folder: Path):
+    weights = {"super_resolution": "model.safetensors", "documents": "adapter_model.safetensors"}
+    stored = {name: (DEFAULT_CHECKPOINT / name / file).stat().st_size for name, file in weights.items()}
+    assert json.loads(run("info", "--json").stdout)["carries"] == stored
+    assert "an adapter for documents" in run("info").stdout and "documents" not in run("info", folder).stdout
+
+
 def test_info_reads_well_and_loads_no_weights(folder: Path, monkeypatch):
     monkeypatch.setattr("safetensors.torch.load_file", None)
     monkeypatch.setattr("mars_hf.MarsForConditionalGeneration.from_pretrained", None)

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset
 from safetensors.torch import load_file
 
 from mars_hf import MarsForConditionalGeneration
 from mars_hf.training.text import last_checkpoint
 
+ACCELERATE = Path(__file__).parents[1] / "examples" / "accelerate"
 RANK = Path(__file__).parent / "distributed_rank.py"
 pytestmark = pytest.mark.integration
 
@@ -114,9 +116,10 @@ def recipes(folder):
         "loss": {"scope": "grammar", "label_spread": 0.5, "chunk_size": 16},
         "training": training,
     }
-    for optimizer in ({"name": "muon", "muon_learning_rate": 6e-3}, {"name": "adamw"}):
-        recipe = {**values, "optimizer": {**optimizer, "learning_rate": 3e-3}}
-        (folder / f"{optimizer['name']}.yaml").write_text(yaml.safe_dump(recipe))
+    for name, optimizer in (("muon", {"name": "muon", "muon_learning_rate": 6e-3}), ("adamw", {}), ("lora", {})):
+        model = {**values["model"], **({"adapter": {"r": 4, "experts": "all"}} if name == "lora" else {})}
+        recipe = {**values, "model": model, "optimizer": {**optimizer, "learning_rate": 3e-3}}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
     return folder
 
 
@@ -130,10 +133,15 @@ def assert_a_recipe_trains_the_same(folder, alone, spread):
         for state in (folder / name / "checkpoint-30" / "trainer_state.json" for name in (alone, spread))
     )
     assert len(one) == 30 and max(abs(a - b) for a, b in zip(one, two, strict=True)) < 2e-3
-    places = (folder / "start", folder / alone / "final", folder / spread / "final")
-    before, mine, theirs = (load_file(place / "model.safetensors") for place in places)
+    file = "model.safetensors"
+    before = load_file(folder / "start" / file)
+    if alone.startswith("lora"):
+        file, before = "adapter_model.safetensors", {}
+    mine, theirs = (load_file(folder / name / "final" / file) for name in (alone, spread))
+    assert mine.keys() == theirs.keys()
     for name, weight in mine.items():
-        assert (weight - theirs[name]).norm() <= 0.05 * (weight - before[name]).norm(), name
+        way = weight - before.get(name, torch.zeros(()))  # of a LoRA's B, which begins at zero; of A, its size
+        assert (weight - theirs[name]).norm() <= 0.05 * way.norm(), name
 
 
 def test_a_recipe_on_two_ranks_trains_as_on_one_with_muon(recipes):
@@ -144,6 +152,24 @@ def test_a_recipe_on_two_sharded_ranks_trains_as_on_one_with_adamw_and_refuses_m
     assert_a_recipe_trains_the_same(recipes, "adamw-alone", "adamw-fsdp")
     refused = start(recipes, "muon-fsdp")
     assert refused.returncode != 0 and "Muon orthogonalises whole matrices" in refused.stderr
+
+
+def test_an_adapter_trains_on_two_ranks_as_on_one(recipes):
+    assert_a_recipe_trains_the_same(recipes, "lora-alone", "lora-ddp")
+
+
+def test_the_configurations_of_accelerate_that_ship_are_ones(recipes):
+    for name, kind, fields in (
+        ("fsdp2", "FSDP", {"fsdp_version": 2, "fsdp_transformer_layer_cls_to_wrap": "MarsDecoderLayer"}),
+        ("zero3", "DEEPSPEED", {"zero_stage": 3, "zero3_save_16bit_model": True}),
+    ):
+        config = load_config_from_file(str(ACCELERATE / f"{name}.yaml"))  # refuses keys that it does not know
+        assert config.distributed_type == kind and config.num_processes == 8 and config.mixed_precision == "bf16"
+        assert fields.items() <= (config.fsdp_config or config.deepspeed_config).items()
+    names = {
+        type(layer).__name__ for layer in MarsForConditionalGeneration.from_pretrained(recipes / "start").modules()
+    }
+    assert "MarsDecoderLayer" in names
 
 
 def test_two_ranks_read_packs_of_a_stream_as_one_does(folder):

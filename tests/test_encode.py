@@ -251,6 +251,13 @@ def test_captions_that_are_too_long_are_cut_or_passed_over(tmp_path: Path, vqgan
     assert again.num_long_captions == 3 and "3 had a caption that is too long" in str(again)
 
 
+def test_captions_that_are_lists_are_bad_records_under_a_limit_too(tmp_path: Path, vqgan, image_processor):
+    rows = [{"image": {"bytes": png(0), "path": None}, "caption": ["apple", "red apple"]}]
+    records = open_records(datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()))
+    with pytest.raises(ValueError, match="1 of 1 records were left out .1 caption is no text."):
+        encode_records(records, tmp_path, vqgan, image_processor, rules=RecordRules(max_caption_length=6), **SAME)
+
+
 def test_codes_of_another_tokenizer_are_refused_with_both_fingerprints(
     tmp_path: Path, vqgan, image_processor, make_vqgan
 ) -> None:

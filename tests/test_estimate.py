@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, TrainingArguments
 from typer.testing import CliRunner
 
-from mars_hf import MarsConfig, MarsForConditionalGeneration
+from mars_hf import DEFAULT_CHECKPOINT, MarsConfig, MarsForConditionalGeneration
 from mars_hf.cli import app
 from mars_hf.modeling_mars import is_visual_parameter
 from mars_hf.training.collation import AlignedCollator, PackedCollator
@@ -210,6 +210,29 @@ def test_rows_that_are_here_are_read_and_not_assumed(recipe, tmp_path):
     assert cost.steps == 12 and cost.rows == 2
     prompt = len("a 16x16")  # a byte a token; 15 of 16 codes are fed
     assert 2 * 16 < cost.tokens <= 2 * (prompt + 16)
+
+
+def test_rows_of_super_resolution_are_laid_out_as_its_model_has_them(recipe, tmp_path):
+    pairs = Dataset.from_parquet(str(tmp_path / "pairs.parquet")).to_list()
+    Dataset.from_list([{**pair, "lowres_codes": pair["image_codes"][:4]} for pair in pairs]).to_parquet(
+        tmp_path / "pairs.parquet"
+    )
+    fields = {"super_resolution_factor": 2, "codes_per_step": [4], "code_order": "block2x2", "cell_embedding": True}
+    changes = {"stage": "super-resolution", "model": {"base": str(tmp_path / "base"), "config": fields}}
+    data = [{"source": str(tmp_path / "pairs.parquet"), "task": "super-resolution", "drop_caption": 0.0}]
+    cost = estimate_cost(recipe(data=data, codes_per_step=[4], **changes))
+    brackets, small = 4, 2 + 4  # `<img>` four times; four small codes between their marks
+    assert cost.tokens == 2 * (len("a 16x16") + small + brackets + 12)  # the last four codes are not fed
+
+
+@pytest.mark.parametrize("name", ["emoji/stage1", "emoji/stage2", "emoji/stage3"])
+def test_the_recipes_of_mars_emoji_are_estimated_on_a_fresh_machine(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cost = estimate_cost(Recipe.load(name))
+    assert cost.data == "assumed" and cost.steps == Recipe.load(name).training["max_steps"]
+    stored = count_parameters(MarsConfig.from_pretrained(DEFAULT_CHECKPOINT))
+    of_cells = {"visual embeddings"} if name == "emoji/stage3" else set()
+    assert {part for part in stored if stored[part] != cost.parameters[part]} == of_cells
 
 
 def test_packed_rows_leave_less_padding_than_aligned_ones(recipe):

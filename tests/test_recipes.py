@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -19,11 +20,13 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Tokenizer
 
 from mars_hf import DEFAULT_CHECKPOINT, MarsConfig, MarsForConditionalGeneration, MarsProcessor
+from mars_hf.evaluation.provenance import fingerprint
 from mars_hf.modeling_mars import is_visual_parameter
 from mars_hf.training import run, sources
 from mars_hf.training.estimate import estimate_cost
-from mars_hf.training.recipe import RECIPES, STAGES, DataPart, ModelPart, Recipe
+from mars_hf.training.recipe import RECIPES, STAGES, AssumedPart, DataPart, ModelPart, Recipe
 from mars_hf.training.run import build_model, build_source, check_resumption, make_trainer, train
+from mars_hf.weights_mars import adapter_base, weight_files, weights_digest
 
 ROOT = Path(__file__).parent.parent
 
@@ -89,6 +92,12 @@ def test_the_papers_numbers_stand_in_its_recipes():
         (["training", "train_sampling_strategy"], "random", "is set elsewhere: rows are shuffled by the recipe's own"),
         (["training", "save_strategy"], "epoch", "`training.save_strategy: epoch` would come once, at the end"),
         (["training", "adam_epsilon"], "small", "`training.adam_epsilon`"),
+        (["training", "max_steps"], -1, "`training.max_steps` must be above 0, got -1"),
+        (["training", "max_steps"], "many", "`training.max_steps`"),
+        (["training", "per_device_train_batch_size"], 0, "`training.per_device_train_batch_size` must be above 0"),
+        (["training", "gradient_accumulation_steps"], 0, "`training.gradient_accumulation_steps` must be above 0"),
+        (["training", "bf16"], "sometimes", "`training.bf16`"),
+        (["model"], {"base": "b", "image_defaults": {"temprature": 1}}, "temprature` is no key.*`temperature`"),
         (["data", 0, "share"], 0, "`data.share` must be above 0, got 0"),
         (["data", 0, "code_noise"], 1.5, "`data.code_noise` is a share between 0 and 1, got 1.5"),
         (["data", 0, "drop_caption"], -1, "`data.drop_caption` is a share between 0 and 1, got -1"),
@@ -267,7 +276,8 @@ def test_each_stage_trains_the_visual_part_and_leaves_a_complete_model(folder, s
     processor = MarsProcessor.from_pretrained(final)
     old = dict(before.named_parameters())
     moved = {n for n, p in model.named_parameters() if n not in old or not torch.equal(p, old[n])}
-    assert moved and all(is_visual_parameter(name) for name in moved)
+    visual = {name for name, _ in model.named_parameters() if is_visual_parameter(name)}
+    assert moved == visual, (visual - moved, moved - visual)
     assert processor.code_order == model.config.code_order
     assert processor.super_resolution_factor == model.config.super_resolution_factor
     assert model.config.trained_codes_per_step == ([4, 1] if stage == "super-resolution" else [1])
@@ -311,6 +321,25 @@ def test_an_adapter_that_was_interrupted_ends_with_the_same_weights(folder):
         again = load_file(final)
         assert weights.keys() == again.keys()
         assert all(torch.equal(value, again[name]) for name, value in weights.items()) == same
+
+
+def test_an_adapter_does_not_go_on_over_another_base_or_beside_what_an_earlier_run_left(folder):
+    part = {"base": str(folder / "base"), "adapter": {"r": 2}}
+    whole = train(recipe_in(folder), folder / "run")
+    for checkpoint in (folder / "run").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    final = train(recipe_in(folder, model=part), folder / "run")
+    assert final == whole and not (final / "config.json").exists()
+    assert adapter_base(final) == str(folder / "base")
+    digest = weights_digest(weight_files(folder / "base"))
+    assert json.loads((final / "base.json").read_text()) == {"sha256": digest}
+    before = fingerprint(final)
+    weights = load_file(folder / "base" / "model.safetensors")
+    weights["vision_head.weight"] += 1
+    save_file(weights, folder / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="another `base`: .*1 differ"):
+        train(recipe_in(folder, model=part), folder / "run")
+    assert fingerprint(final) != before  # scores of the adapter on its old base are not those on the new one
 
 
 def test_an_adapter_is_refused_where_it_is_not_made_for(folder):
@@ -357,7 +386,7 @@ def test_the_embedded_checkpoint_is_known_by_its_name_unless_a_folder_has_it(fol
 def test_a_run_that_is_looked_at_is_the_same_run_with_losses_and_pictures(folder):
     plain = train(recipe_in(folder), folder / "plain")
     training = {**GOOD["training"], "eval_strategy": "steps", "eval_steps": 2, "dataloader_num_workers": 2}
-    looks = {"split": "test", "num_batches": 2, "prompts": ["a", "b"], "width": 32, "height": 16}
+    looks = {"split": "train", "num_batches": 2, "prompts": ["a", "b"], "width": 32, "height": 16}
     watched = train(recipe_in(folder, training=training, evaluation=looks), folder / "watched")
     mine, theirs = (MarsForConditionalGeneration.from_pretrained(at).state_dict() for at in (plain, watched))
     assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
@@ -399,6 +428,26 @@ def test_a_run_is_compared_with_its_checkpoints_and_told_by_one_process(tmp_path
             check_resumption(recipe, out, facts, writes=writes)
     check_resumption(recipe, out, facts, allow_changes=True)
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint-2", "run.json"]
+
+
+def test_a_run_of_before_a_key_came_to_be_goes_on_with_its_default(tmp_path):
+    recipe, facts, out = Recipe.load(written(tmp_path, GOOD)), {"processes": 1}, tmp_path / "run"
+    check_resumption(recipe, out, facts)
+    (out / "checkpoint-2").mkdir()
+    (out / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    older = json.loads((out / "run.json").read_text())
+    for part in (older["recipe"]["model"], older["recipe"]["loss"]):
+        part.pop("adapter", None)
+        part.pop("label_spread", None)
+    (out / "run.json").write_text(json.dumps(older))
+    with pytest.raises(ValueError, match=r"another `recipe.loss.label_spread`: 0.0 before, now 0.5 \(1 differ\)"):
+        check_resumption(replace(recipe, loss=replace(recipe.loss, label_spread=0.5)), out, facts)
+    check_resumption(replace(recipe, about="told in other words", assume=AssumedPart(rows=3)), out, facts)
+    now = json.loads((out / "run.json").read_text())
+    now["recipe"]["model"]["gone"] = 1
+    (out / "run.json").write_text(json.dumps(now))
+    with pytest.raises(ValueError, match=r"`recipe.model.gone`: 1 before, now None"):
+        check_resumption(recipe, out, facts)
 
 
 def test_a_recipe_whose_first_batch_failed_is_mended_in_the_same_folder(folder, monkeypatch):
@@ -540,6 +589,75 @@ def test_records_can_be_read_on_the_way_and_what_is_left_out_is_told_at_the_end(
         make_trainer(recipe_in(folder, data=[source], training=training), folder / "epochs")
     with pytest.raises(ValueError, match="as a stream, whose records cannot be balanced"):
         recipe_in(folder, data=[{**source, "balance": 0.5}])
+
+
+@pytest.mark.parametrize("changes", [{"packing": 64}, {"streaming": True}, {}])
+def test_a_finished_run_is_not_trained_on_when_its_line_is_repeated(folder, changes):
+    data = [{"source": str(folder / "pairs.parquet"), "task": "text-to-image", "streaming": "streaming" in changes}]
+    training = {**GOOD["training"], "lr_scheduler_type": "constant"}  # the last rate is not 0
+    packing = {name: value for name, value in changes.items() if name == "packing"}
+    recipe = recipe_in(folder, data=data, training=training, **packing)
+    final = train(recipe, folder / "run") / "model.safetensors"
+    weights, kept = load_file(final), sorted(path.name for path in (folder / "run").iterdir())
+    assert train(recipe, folder / "run") == final.parent
+    again = load_file(final)
+    assert all(torch.equal(value, again[name]) for name, value in weights.items())
+    assert sorted(path.name for path in (folder / "run").iterdir()) == kept
+
+
+def test_a_schedule_that_is_longer_than_the_run_is_refused(folder):
+    decay = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 4}}
+    with pytest.raises(ValueError, match="The run has 4 steps, fewer .*: 1 of warm-up, 0 stable, 4 of decay"):
+        train(recipe_in(folder, training={**GOOD["training"], **decay, "warmup_steps": 0.25}), folder / "run")
+    make_trainer(recipe_in(folder, training={**GOOD["training"], **decay}), folder / "run")
+
+
+def test_training_data_are_not_taken_for_held_out_ones(folder):
+    training = {**GOOD["training"], "eval_strategy": "steps"}
+    recipe = recipe_in(folder, training=training, evaluation={"split": "test"})
+    with pytest.raises(ValueError, match="pairs.parquet is all of it, whatever the split.*evaluation: .split: train."):
+        train(recipe, folder / "run")
+
+
+def test_stage_one_takes_pictures_of_one_size(folder):
+    pairs = Dataset.from_parquet(str(folder / "pairs.parquet")).to_list()
+    pairs[3] |= {"image_codes": pairs[3]["image_codes"][:8], "height": 8}
+    Dataset.from_list(pairs).to_parquet(folder / "pairs.parquet")
+    with pytest.raises(
+        ValueError, match="of one size; those of .* are 8 to 16 pixels high and 16 to 16 wide.*refinem"
+    ):
+        train(recipe_in(folder), folder / "run")
+    train(recipe_in(folder, stage="refinement"), folder / "run")
+
+
+def test_a_configuration_and_a_revision_of_hub_data_are_asked_for(folder, tiny_model, monkeypatch):
+    asked, opened = [], sources.open_records
+
+    def open_records(*arguments, **options):
+        asked.append(options)
+        return opened(*arguments)
+
+    monkeypatch.setattr(sources, "open_records", open_records)
+    part = {"source": str(folder / "pairs.parquet"), "task": "text-to-image"}
+    build_source(DataPart(**part, name="faces", revision="v2"), tiny_model)
+    build_source(DataPart(**part), tiny_model)
+    assert asked == [{"name": "faces", "revision": "v2"}, {}]
+
+
+def test_a_short_stream_with_too_many_faults_ends_the_run_after_its_first_pass(folder):
+    pairs = Dataset.from_parquet(str(folder / "pairs.parquet")).to_list()
+    pairs[2]["image_codes"] = [99] * 16
+    Dataset.from_list(pairs).to_parquet(folder / "pairs.parquet")
+    data = [{"source": str(folder / "pairs.parquet"), "task": "text-to-image", "streaming": True}]
+    with pytest.raises(ValueError, match="More than 1.0% of the data are broken: 1 of 6 records"):
+        train(recipe_in(folder, data=data), folder / "run")
+
+
+def test_what_cannot_be_compiled_is_told(folder, monkeypatch):
+    said = []
+    monkeypatch.setattr(run.logger, "warning", said.append)
+    make_trainer(recipe_in(folder, packing=64), folder / "run", compile_pictures=True)
+    assert any("`--compile` has no effect with `packing`" in text for text in said)
 
 
 def test_packs_of_an_epoch_hold_every_pair_once(folder):

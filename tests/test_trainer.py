@@ -640,6 +640,16 @@ def test_what_trains_beside_an_adapter_and_would_not_be_saved_is_refused(make_ti
     trainer_of(get_peft_model(make_tiny(), LoraConfig(r=4, target_modules=visual, bias="lora_only")), [], tmp_path)
 
 
+def test_an_adapter_that_the_trainer_would_not_resume_is_refused(make_tiny, tmp_path):
+    from peft import LoraConfig
+
+    model = make_tiny()
+    model.add_adapter(LoraConfig(r=4, target_modules=LANGUAGE))
+    model.freeze_text()
+    with pytest.raises(ValueError, match="adapter of `load_adapter` or `add_adapter`.*`PeftModel.from_pretrained"):
+        trainer_of(model, [], tmp_path)
+
+
 def as_stream(rows):
     return Dataset.from_list(rows).to_iterable_dataset(num_shards=2)
 

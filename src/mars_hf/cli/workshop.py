@@ -1,6 +1,7 @@
 """Commands of the workshop: data, checkpoints, training and evaluation."""
 
 import json
+import signal
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -49,6 +50,8 @@ def data_encode(
         DEFAULT_CHECKPOINT
     ),
     split: Annotated[str, typer.Option(help="Which split.")] = "train",
+    name: Annotated[str | None, typer.Option(help="Configuration of Hub data that have several.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of Hub data.")] = None,
     size: Annotated[
         tuple[int, int] | None,
         typer.Option(metavar="H W", help="In pixels: scale to cover it, cut the middle out. [default: the model's]"),
@@ -85,13 +88,15 @@ def data_encode(
 
         rules = RecordRules(min_size=min_size, max_aspect_ratio=max_aspect_ratio)
         columns = dict(name.split("=") for name in column or [])
-        records = open_records(source, split, streaming, columns)
+        of_hub = {key: value for key, value in (("name", name), ("revision", revision)) if value is not None}
+        records = open_records(source, split, streaming, columns, **of_hub)
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         wanted = (
             {"height": size[0], "width": size[1]} if size else {"shortest_edge": short_side} if short_side else None
         )
         numbers = {"batch_size": batch_size, "shard_size": shard_size, "limit": limit, "lowres_factor": lowres_factor}
-        numbers["source"] = source_fingerprint(source, split)
+        of_source = "/".join([source, *of_hub.values()]) if of_hub else None
+        numbers["source"] = source_fingerprint(source, split) or of_source
         tokenizer = load_image_tokenizer(model, device)
         typer.echo(f"{out}: {encode_records(records, out, *tokenizer, wanted, split, rules=rules, **numbers)}")
 
@@ -321,7 +326,10 @@ def train(
             raise ValueError("`--out` is missing: the folder of the run. Only a `--dry-run` needs none.")
         from mars_hf.training.run import train as run
 
-        typer.echo(str(run(loaded, out, compile_pictures, allow_changes)))
+        made = run(loaded, out, compile_pictures, allow_changes)
+        if made == out:
+            raise typer.Exit(128 + signal.SIGTERM)  # as a process that the signal ended: no `&&` goes on
+        typer.echo(str(made))
 
 
 @app.command(epilog=examples("mars-hf evaluate emoji", "mars-hf evaluate my.yaml --set model=runs/emoji-stage1/final"))

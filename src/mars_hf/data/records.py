@@ -126,9 +126,11 @@ class RecordRules:
         if self.long_captions not in ("truncate", "drop"):
             raise ValueError(f"`long_captions` must be 'truncate' or 'drop', got {self.long_captions!r}.")
 
-    def is_too_long(self, caption: str | None) -> bool:
-        """Tell whether a caption is beyond the limit; blanks around it do not count."""
-        return self.max_caption_length is not None and len((caption or "").strip()) > self.max_caption_length
+    def is_too_long(self, caption: Any) -> bool:
+        """Tell whether a caption is beyond the limit; blanks around it do not count. What is no text is not long."""
+        if self.max_caption_length is None or not isinstance(caption, str):
+            return False
+        return len(caption.strip()) > self.max_caption_length
 
 
 def captions_of(record: Mapping[str, Any], rules: RecordRules = RecordRules()) -> dict[str, str]:  # noqa: B008
@@ -427,16 +429,23 @@ class ShuffledStream(TorchIterableDataset):
         dataset (`datasets.IterableDataset`): From [`open_records`] with `streaming=True`.
         seed (`int`, defaults to 0): Decides all orders.
         buffer_size (`int`, defaults to 1000): Records held in memory.
+        after_pass (`Callable`, *optional*): Called at the end of each pass.
 
     Raises:
         ValueError: If a state of another seed or block size is loaded, or the stream is empty.
     """
 
-    def __init__(self, dataset: IterableDataset, seed: int = 0, buffer_size: int = 1000):
+    def __init__(
+        self,
+        dataset: IterableDataset,
+        seed: int = 0,
+        buffer_size: int = 1000,
+        after_pass: Callable[[], None] | None = None,
+    ):
         if buffer_size < 1:
             raise ValueError(f"`buffer_size` must be 1 record or more, got {buffer_size}.")
         self.dataset, self.settings = dataset, {"seed": seed, "buffer_size": buffer_size}
-        self._pass = 0
+        self.after_pass, self._pass = after_pass, 0
         self._stream: IterableDataset | None = None
         self._saved: dict[str, Any] | None = None
 
@@ -450,6 +459,8 @@ class ShuffledStream(TorchIterableDataset):
             for record in stream:
                 is_empty = False
                 yield record
+            if self.after_pass is not None:
+                self.after_pass()
             if is_empty:
                 raise ValueError("The stream gives no records: it is empty, or all of them are left out.")
             self._pass += 1
@@ -570,6 +581,14 @@ def _load(
             "pictures go in a folder."
         )
     return load_dataset(names[0], split=split, streaming=streaming, **options)
+
+
+def has_splits(source: Any) -> bool:
+    """Tell whether a source of [`open_records`] may hold several splits; files named one by one do not."""
+    names = _files_of(source)
+    folder = Path(names[0])
+    is_file = folder.suffix in BUILDERS and not folder.is_dir()
+    return not is_file and not (folder / "state.json").is_file()
 
 
 def _files_of(source: Any) -> list[str]:

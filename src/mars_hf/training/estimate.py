@@ -24,7 +24,7 @@ from .collation import AlignedCollator, PackedCollator, Row, ShiftedRow, pack_ro
 from .losses import IGNORED_LABEL
 from .mixture import MixtureStream
 from .recipe import AssumedPart, ModelPart, Recipe
-from .sources import build_sources, rows_of_an_epoch
+from .sources import build_sources, fit_processor, rows_of_an_epoch
 
 PAPER_STAGES = ("paper/stage1", "paper/stage2", "paper/stage3")
 PAPER_GPU_DAYS = 587  # of an A100, for all stages: sections 1 and 4.2
@@ -337,8 +337,8 @@ def recipe_config(part: ModelPart, assumed: AssumedPart) -> tuple[MarsConfig, st
     """
     names = [str(name) for name in (part.found_base, part.text, part.vqgan) if name is not None]
     if assumed.text_config and not all(Path(name).is_dir() for name in names):
-        vq_config = assumed.vq_config or None
-        return MarsConfig(text_config=assumed.text_config, vq_config=vq_config, **part.config), "assumed"
+        config = {**assumed.config, **part.config}
+        return MarsConfig(text_config=assumed.text_config, vq_config=assumed.vq_config or None, **config), "assumed"
     try:
         if part.base is not None:
             return MarsConfig.from_pretrained(part.found_base, **part.config), part.base
@@ -373,6 +373,8 @@ def recipe_batches(
         if recipe.model.base is not None
         else MarsProcessor.from_text_tokenizer(AutoTokenizer.from_pretrained(recipe.model.text), config)
     )
+    if recipe.model.base is not None:
+        fit_processor(processor, config)
     sources = build_sources(recipe, model, processor)
     size, k = recipe.training["per_device_train_batch_size"], recipe.trained_codes_per_step
     rows = iter(MixtureStream(processor, sources, size, SAMPLED_BATCHES, codes_per_step=k, seed=recipe.seed))
@@ -435,7 +437,10 @@ def _assumed_row(recipe: Recipe, config: MarsConfig, task: str, k: int) -> Row:
             words = [*words, config.lowres_start_token_id, *low, config.lowres_end_token_id]
         ids = [*words, *picture, config.image_end_token_id]
         labels = [IGNORED_LABEL] * (len(words) + k) + picture[k:] + [IGNORED_LABEL]
-    return {"input_ids": ids, "labels": labels, "image_sizes": [assumed.image_size], "task": task}
+    row = {"input_ids": ids, "labels": labels, "image_sizes": [assumed.image_size], "task": task}
+    if task == "super-resolution" and config.lowres_embedding:
+        row["enlarged_codes"] = [[0] * _num_codes(assumed.image_size, config)]
+    return row
 
 
 def _num_codes(size: list[int], config: MarsConfig) -> int:

@@ -43,6 +43,7 @@ class Source:
             and of all in a document) that are replaced by random ones (labels are not); each row draws its own share.
             A picture of a small data set can be told by its first codes: without noise the model comes to lean on
             them instead of on the prompt, and goes astray on its own drawings.
+        after_pass (`Callable`, *optional*): Called when a stream has been read to its end.
         drop_caption (`float`, defaults to 0.1):
             Share of batches that are drawn whose captions are all `<null>`. Together they run apart: `<null>` is
             trained, and a batch whose prompts are text alone needs no gradient in them.
@@ -58,6 +59,7 @@ class Source:
     weights: torch.Tensor | None = field(default=None, repr=False)
     code_noise: float = 0.0
     drop_caption: float = 0.1
+    after_pass: Callable[[], None] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -244,6 +246,11 @@ class MixtureStream(Mixture, IterableDataset):
         super().__init__(processor, sources, batch_size, **kwargs)
         self.num_batches, self.buffer_size = num_batches, buffer_size
 
+    def __len__(self) -> int:
+        if self.num_batches is None:
+            raise TypeError("A stream of rows without `num_batches` has no end.")
+        return self.num_batches * self.batch_size
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1 and any(source.is_stream for source in self.sources):
@@ -261,7 +268,8 @@ class MixtureStream(Mixture, IterableDataset):
     def _records_of(self, number: int) -> Iterator[Record]:
         source = self.sources[number]
         if source.is_stream:
-            return iter(ShuffledStream(source.records, self.seed * 1_009 + number, self.buffer_size))
+            order = {"seed": self.seed * 1_009 + number, "buffer_size": self.buffer_size}
+            return iter(ShuffledStream(source.records, **order, after_pass=source.after_pass))
         order = self._order_of(number)
         return (source.records[order[place]] for place in count())
 
@@ -277,12 +285,29 @@ class PackedStream(IterableDataset):
         config ([`MarsConfig`]): Of the model.
         max_length (`int`): Tokens of a pack.
         window (`int`, defaults to 4096): Rows that are packed together.
+        num_packs (`int`, *optional*): Packs in all; as many as the rows give if None.
     """
 
-    def __init__(self, rows: Iterable[dict[str, Any]], config: Any, max_length: int, window: int = 4096):
+    def __init__(
+        self,
+        rows: Iterable[dict[str, Any]],
+        config: Any,
+        max_length: int,
+        window: int = 4096,
+        num_packs: int | None = None,
+    ):
         self.rows, self.config, self.max_length, self.window = rows, config, max_length, window
+        self.num_packs = num_packs
+
+    def __len__(self) -> int:
+        if self.num_packs is None:
+            raise TypeError("How many packs the rows give is not known before they are packed.")
+        return self.num_packs
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        return islice(self._packs(), self.num_packs)
+
+    def _packs(self) -> Iterator[list[dict[str, Any]]]:
         rows = iter(self.rows)
         while members := list(islice(rows, self.window)):
             for pack in pack_rows([len(ShiftedRow.of(row, self.config)) for row in members], self.max_length):

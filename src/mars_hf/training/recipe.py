@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
+from transformers import GenerationConfig
 
 from ..configuration_mars import MarsConfig
 from ..data.emoji_captions import CaptionStyle
@@ -28,6 +29,15 @@ ADAPTED_MODULES = {"visual": _EXPERT.format(kind="visual_"), "all": _EXPERT.form
 CAPTION_FORMS = {"records": CaptionMix, "emoji": CaptionStyle}
 # The language model and the VQ-GAN bring the first three, and a checkpoint the others.
 CONFIG_ELSEWHERE = {"text_config", "vq_config", "tie_word_embeddings", "base_checkpoint", "mars_format"}
+# How pictures are drawn, beside what transformers' `GenerationConfig` has.
+DRAWING_SETTINGS = ("guidance_schedule", "guidance_interval", "codes_per_step", "jacobi_window")
+COUNTS = (
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
 # Arguments of the Trainer that a recipe says elsewhere, or that would change what a row is.
 SET_ELSEWHERE = {
     "output_dir": "it is `--out`",
@@ -184,8 +194,10 @@ class ModelPart:
                     "`model.frozen_dtype` rounds the `text` and `vqgan` that a MARS is built of; the frozen weights "
                     "of `model.base` stay as they are. Leave it out."
                 )
-        known = [one.name for one in fields(MarsConfig) if one.name in MarsConfig.__annotations__]
-        _refuse_unknown_keys("model.config", self.config, [name for name in known if name not in CONFIG_ELSEWHERE])
+        _refuse_unknown_fields("model.config", self.config)
+        _refuse_unknown_keys(
+            "model.image_defaults", self.image_defaults, [*vars(GenerationConfig()), *DRAWING_SETTINGS]
+        )
         if self.adapter.r and (lost := [name for name in ("text", "config", "image_defaults") if getattr(self, name)]):
             raise ValueError(
                 f"`model.adapter` is stored without its base, and `model.{lost[0]}` would be in no checkpoint. Train "
@@ -205,6 +217,8 @@ class DataPart:
 
     Args:
         source (`str`): What `open_records` takes; with codes, as `mars-hf data encode` writes them.
+        name (`str`, *optional*): Configuration of a data set on the Hub that has several.
+        revision (`str`, *optional*): Branch, tag or commit of a data set on the Hub; only a commit stays what it is.
         task (`str`): One of the tasks of the stage.
         share (`float`, defaults to 1.0): Share of batches.
         split (`str`, defaults to `"train"`): Which split.
@@ -246,6 +260,8 @@ class DataPart:
     long_captions: str = "truncate"
     streaming: bool = False
     encode: dict[str, Any] | None = None
+    name: str | None = None
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         self._check_encoding()
@@ -298,6 +314,11 @@ class DataPart:
                 f"`data`: the codes of {self.source} are written to disk before the first step. Leave `streaming` or "
                 "`encode` out, or encode the stream with `mars-hf data encode --streaming`."
             )
+
+    @property
+    def hub_options(self) -> dict[str, str]:
+        """`name` and `revision` where they are given, as `load_dataset` takes them."""
+        return {key: value for key in ("name", "revision") if (value := getattr(self, key)) is not None}
 
     @property
     def caption_form(self) -> str:
@@ -394,6 +415,7 @@ class AssumedPart:
     Args:
         text_config (`dict`): Configuration of the language model.
         vq_config (`dict`): Configuration of the VQ-GAN.
+        config (`dict`): Other fields of [`MarsConfig`] that a `model.base` has which is not here.
         rows (`int`, *optional*): Rows of an epoch, of all sources together.
         prompt_tokens (`int`, *optional*): Text tokens of a row: the caption with its size.
         image_size (`list[int]`, *optional*): Height and width of the pictures in pixels.
@@ -405,12 +427,14 @@ class AssumedPart:
 
     text_config: dict[str, Any] = field(default_factory=dict)
     vq_config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
     rows: int | None = None
     prompt_tokens: int | None = None
     image_size: list[int] | None = None
     lowres_size: list[int] | None = None
 
     def __post_init__(self) -> None:
+        _refuse_unknown_fields("assume.config", self.config)
         for name in ("rows", "prompt_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -490,6 +514,9 @@ class Recipe:
             raise ValueError("`training` needs `max_steps` or `num_train_epochs`, and not both.")
         if "per_device_train_batch_size" not in self.training:
             raise ValueError("`training` needs `per_device_train_batch_size`.")
+        for name in COUNTS:
+            if not (value := self.training.get(name, 1)) > 0:
+                raise ValueError(f"`training.{name}` must be above 0, got {value}.")
         if (self.evaluation.split is not None) != ("eval_strategy" in self.training):
             raise ValueError(
                 "`training.eval_strategy` says how often `evaluation` looks: give both, `evaluation` with a `split`, "
@@ -518,7 +545,7 @@ class Recipe:
         for name, value in self.training.items():
             if name.endswith("_strategy") and value is False:
                 self.training[name] = "no"
-            elif isinstance(value, str) and hints[name] in (float, float | None):
+            elif hints[name] in (float, float | None, int, int | None, bool, bool | None):
                 self.training[name] = _checked(hints[name], value, f"training.{name}")
 
     def check_model(self, config: MarsConfig) -> None:
@@ -589,6 +616,16 @@ class Recipe:
             raise ValueError(f"{file} is no YAML: {error}") from None
         if not isinstance(values, dict):
             raise ValueError(f"A recipe is a mapping of keys to values; {file} holds {type(values).__name__}.")
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+        """
+        Make a recipe of what [`~Recipe.to_dict`] gave, or of some of it: what is missing takes its default.
+
+        Raises:
+            ValueError: If a key is not known, a required one is missing, or the values contradict each other.
+        """
         return _build(cls, values, "")
 
     def to_dict(self) -> dict[str, Any]:
@@ -620,6 +657,11 @@ def _training_argument_types() -> dict[str, Any]:
 def _refuse_unknown(name: str, value: Any, known: Any, where: str = "") -> None:
     if value not in known:
         raise ValueError(f"`{name}` must be one of {', '.join(known)}{where}, got {value!r}.")
+
+
+def _refuse_unknown_fields(place: str, values: dict[str, Any]) -> None:
+    known = [one.name for one in fields(MarsConfig) if one.name in MarsConfig.__annotations__]
+    _refuse_unknown_keys(place, values, [name for name in known if name not in CONFIG_ELSEWHERE])
 
 
 def _refuse_unknown_keys(place: str, values: dict[str, Any], known: list[str]) -> None:

@@ -7,6 +7,7 @@ MARS with its processor, or of a recipe with an adapter that adapter with the pr
 
 import json
 import os
+import shutil
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,24 @@ from transformers.utils import logging
 
 from ..configuration_mars import MarsConfig
 from ..data.records import source_fingerprint, tokenizer_fingerprint
+from ..hub import ADAPTER_BASE
 from ..image_processing_mars import new_image_processor
 from ..modeling_mars import MarsForConditionalGeneration
 from ..processing_mars import MarsProcessor
 from ..prompts_mars import END_OF_TEXT
+from ..weights_mars import weight_files, weights_digest
 from .collation import AlignedCollator, PackedCollator
 from .mixture import MixtureDataset, MixtureStream, PackedStream, Source
 from .muon import muon_with_adamw
 from .recipe import ADAPTED_MODULES, DataPart, ModelPart, Recipe
 from .samples import SamplePictures
-from .sources import build_source, build_sources, rows_of_an_epoch, tell_streams
+from .sources import build_source, build_sources, fit_processor, rows_of_an_epoch, tell_streams
 from .text import last_checkpoint
 from .trainer import MarsTrainer
 
 logger = logging.get_logger(__name__)
+
+OF_NO_RUN = ("recipe.about", "recipe.assume")  # what a run does not read
 
 
 def build_model(part: ModelPart) -> tuple[MarsForConditionalGeneration, MarsProcessor]:
@@ -96,9 +101,7 @@ def with_other_config(
     if config.use_visual_expert:
         model.freeze_text()
     model.generation_config = base.generation_config
-    side = {"height": config.default_image_size, "width": config.default_image_size}
-    processor.code_order, processor.super_resolution_factor = config.code_order, config.super_resolution_factor
-    processor.image_processor.size = side
+    fit_processor(processor, config)
     return model.eval(), processor
 
 
@@ -164,6 +167,8 @@ def make_trainer(recipe: Recipe, out: Path, compile_pictures: bool = False) -> t
     sources = build_sources(recipe, model, processor, args=args)
     data = _training_rows(recipe, model, processor, sources, args)
     eval_data = _evaluation_rows(recipe, model, processor, args)
+    if compile_pictures and recipe.packing is not None:
+        logger.warning("`--compile` has no effect with `packing`: what is compiled has one picture a row.")
     pad = processor.tokenizer.pad_token_id
     collate = (
         AlignedCollator(model.config, pad)
@@ -216,9 +221,27 @@ def _training_rows(
             raise ValueError("A stream does not say how long an epoch is: set `training.max_steps`.")
         of_a_step = batch * per_step * (1 if recipe.packing is None else stream.rows_of_a_pack())
         args.max_steps = max(int(args.num_train_epochs * rows / of_a_step), 1)
-    if recipe.packing is not None or any(source.is_stream for source in sources):
-        return stream
-    return MixtureDataset(processor, sources, batch, args.max_steps * per_step, **options)
+    _check_schedule(args)
+    num_batches = args.max_steps * per_step
+    # Streams end with the run, so that a run that has made all its steps is not begun anew.
+    if recipe.packing is not None:
+        stream.num_packs = num_batches * batch
+    elif any(source.is_stream for source in sources):
+        stream.num_batches = num_batches
+    else:
+        return MixtureDataset(processor, sources, batch, num_batches, **options)
+    return stream
+
+
+def _check_schedule(args: TrainingArguments) -> None:
+    """Refuse phases that do not fit the run: the library's rate would jump, not decay from where it is."""
+    warmup = args.get_warmup_steps(args.max_steps)
+    phases = {name: (args.lr_scheduler_kwargs or {}).get(f"num_{name}_steps") or 0 for name in ("stable", "decay")}
+    if warmup + sum(phases.values()) > args.max_steps:
+        raise ValueError(
+            f"The run has {args.max_steps} steps, fewer than its schedule: {warmup} of warm-up, {phases['stable']} "
+            f"stable, {phases['decay']} of decay. Change `training.warmup_steps` or `training.lr_scheduler_kwargs`."
+        )
 
 
 def _evaluation_rows(
@@ -253,10 +276,12 @@ def check_resumption(
     """
     file, now = out / "run.json", json.loads(json.dumps({"recipe": recipe.to_dict(), **facts}))
     if file.exists() and last_checkpoint(out) and not allow_changes:
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = _with_defaults(json.loads(file.read_text(encoding="utf-8")))
         flat_before, flat_now = _flat(before), _flat(now)
         changed = sorted(
-            key for key in flat_before.keys() | flat_now.keys() if flat_before.get(key) != flat_now.get(key)
+            key
+            for key in flat_before.keys() | flat_now.keys()
+            if flat_before.get(key) != flat_now.get(key) and not key.startswith(OF_NO_RUN)
         )
         if changed:
             raise ValueError(
@@ -268,6 +293,14 @@ def check_resumption(
         scratch = file.with_suffix(".part")
         scratch.write_text(json.dumps(now, indent=2, ensure_ascii=False), encoding="utf-8")
         os.replace(scratch, file)
+
+
+def _with_defaults(before: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what recipes have come to say since a run began; it had the default."""
+    try:
+        return before | {"recipe": json.loads(json.dumps(Recipe.from_dict(before["recipe"]).to_dict()))}
+    except ValueError:  # the recipe of a version that knew other keys: they are named as what differs
+        return before
 
 
 def _flat(values: Any, place: str = "") -> dict[str, Any]:
@@ -288,7 +321,8 @@ def train(recipe: Recipe, out: str | Path, compile_pictures: bool = False, allow
         allow_changes (`bool`, defaults to `False`): Go on with a run although recipe, data or processes differ.
 
     Returns:
-        `Path`: Folder of the finished model, or of a recipe's adapter, and its processor.
+        `Path`: Folder of the finished model, or of a recipe's adapter, and its processor; `out` if SIGTERM stopped
+        the run.
 
     Raises:
         ValueError: If models, data or the run in `out` do not fit the recipe.
@@ -303,17 +337,34 @@ def train(recipe: Recipe, out: str | Path, compile_pictures: bool = False, allow
         "data": [_data_facts(part, source) for part, source in zip(recipe.data, sources, strict=True)],
         "tokenizer": None if model.vqgan is None else tokenizer_fingerprint(model.vqgan),
     }
+    if recipe.model.adapter.r:  # whose checkpoints do not hold what it is on
+        facts["base"] = weights_digest(weight_files(recipe.model.found_base))
     check_resumption(recipe, out, facts, allow_changes, writes=trainer.args.should_save)
     trainer.train(resume_from_checkpoint=last_checkpoint(out))
     if trainer.args.should_log:
         tell_streams(sources, trainer.args)
     if trainer.state.global_step < trainer.state.max_steps:
-        return out  # stopped by SIGTERM: the checkpoint is written
+        logger.warning(f"Stopped at step {trainer.state.global_step}, with a checkpoint: the same line goes on.")
+        return out
     model.config.use_cache = model.config.text_config.use_cache = True  # Trainer turned it off
-    trainer.save_model(str(out / "final"))
+    return _save_final(trainer, processor, out / "final", facts.get("base"))
+
+
+def _save_final(trainer: MarsTrainer, processor: MarsProcessor, final: Path, base: str | None) -> Path:
+    """Save what was trained in place of what an earlier run may have left there."""
+    scratch = final.with_suffix(".part")
     if trainer.args.should_save:
-        processor.save_pretrained(out / "final")
-    return out / "final"
+        shutil.rmtree(scratch, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(scratch))
+    if trainer.args.should_save:
+        processor.save_pretrained(scratch)
+        if base is not None:
+            (scratch / ADAPTER_BASE).write_text(json.dumps({"sha256": base}), encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)
+        scratch.rename(final)
+    trainer.accelerator.wait_for_everyone()
+    return final
 
 
 def _data_facts(part: DataPart, source: Source) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from ..data.records import (
     RecordRules,
     captions_of,
     find_bad_records,
+    has_splits,
     open_records,
     source_fingerprint,
     validate_records,
@@ -210,6 +211,13 @@ class RowRules:
             )
 
 
+def fit_processor(processor: MarsProcessor, config: MarsConfig) -> None:
+    """Have a base's processor lay rows out for a model of another kind."""
+    side = {"height": config.default_image_size, "width": config.default_image_size}
+    processor.code_order, processor.super_resolution_factor = config.code_order, config.super_resolution_factor
+    processor.image_processor.size = side
+
+
 def build_sources(
     recipe: Recipe,
     model: MarsForConditionalGeneration,
@@ -234,10 +242,28 @@ def build_sources(
     known: dict[Any, tuple[Any, BadRecords]] = {}
     options: dict[str, Any] = {"processor": processor, "args": args, "known": known}
     limits = (recipe.trained_codes_per_step, recipe.packing)
-    return [
+    sources = [
         build_source(part, model, eval_split, RowRules.of(part, model.config, *limits), **options)
         for part in recipe.data
     ]
+    if recipe.stage == "alignment":
+        for source in sources:
+            _refuse_several_sizes(source)
+    return sources
+
+
+def _refuse_several_sizes(source: CheckedSource) -> None:
+    """Hold Stage I to its rule; the sizes of a stream are not known before it is read."""
+    if source.is_stream:
+        return
+    sides = {side: sorted(source.records.unique(side)) for side in ("height", "width")}
+    if any(len(values) > 1 for values in sides.values()):
+        heights, widths = (f"{values[0]} to {values[-1]}" for values in sides.values())
+        raise ValueError(
+            f"The stage alignment draws pictures of one size; those of {source.name} are {heights} pixels high and "
+            f"{widths} wide: encode them with `size: [height, width]`, or take the stage refinement, which tells the "
+            "size in the caption."
+        )
 
 
 def build_source(
@@ -267,10 +293,16 @@ def build_source(
     """
     rules = RowRules.of(part, model.config, (1,), None) if rules is None else rules
     split, known = eval_split or part.split, {} if known is None else known
-    key = (part.source, split, part.streaming, repr((part.columns, part.encode)), rules)
+    if eval_split not in (None, part.split) and not has_splits(part.source):
+        raise ValueError(
+            f"`evaluation.split` is {eval_split}, but {part.source} is all of it, whatever the split: losses would be "
+            "those of training data. Give a folder with splits, or `evaluation: {split: "
+            f"{part.split}}}` to look at those."
+        )
+    key = (part.source, split, part.streaming, repr((part.columns, part.encode, part.hub_options)), rules)
     if key not in known:
         if part.encode is None:
-            records = open_records(part.source, split, part.streaming, part.columns, model.vqgan)
+            records = open_records(part.source, split, part.streaming, part.columns, model.vqgan, **part.hub_options)
         else:
             records = _encoded_records(part, split, model, processor, rules, args)
             # The pictures were held to these as they came, before they were made smaller.
@@ -285,6 +317,7 @@ def build_source(
         options = {"weights": weights, "code_noise": part.code_noise, "drop_caption": part.drop_caption}
     write_caption = _caption_writer(part, rules.of_records)
     source = CheckedSource(part.task, part.share, records, write_caption, name=part.source, bad_records=bad, **options)
+    source.after_pass = bad.finish
     if not source.is_stream:
         tell_bad_records(source)
     return source
@@ -305,7 +338,7 @@ def _encoded_records(
             "with `mars-hf data encode` first, or give `assume`."
         )
     asked = [part.source, sorted(part.columns.items()), part.encode, rules.super_resolution_factor]
-    asked.append(asdict(rules.of_records))
+    asked += [asdict(rules.of_records), *part.hub_options.items()]
     folder = Path(args.output_dir) / f"codes-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}"
     size = None
     if "size" in (encode := part.encode or {}):
@@ -314,7 +347,7 @@ def _encoded_records(
         size = {"shortest_edge": encode["short_side"]}
     with args.main_process_first(local=False, desc="encoding pictures"):
         if args.should_save:
-            pictures = open_records(part.source, split, columns=part.columns)
+            pictures = open_records(part.source, split, columns=part.columns, **part.hub_options)
             options: dict[str, Any] = {"rules": rules.of_records, "lowres_factor": rules.super_resolution_factor}
             options["source"] = source_fingerprint(part.source, split)
             vqgan = model.vqgan.to(args.device)
@@ -429,4 +462,12 @@ def rows_of_an_epoch(sources: Sequence[Source]) -> int | None:
     return sum({id(source.records): len(source.records) for source in sources}.values())
 
 
-__all__ = ["CheckedSource", "RowRules", "build_source", "build_sources", "rows_of_an_epoch", "tell_streams"]
+__all__ = [
+    "CheckedSource",
+    "RowRules",
+    "build_source",
+    "build_sources",
+    "fit_processor",
+    "rows_of_an_epoch",
+    "tell_streams",
+]

@@ -270,6 +270,11 @@ class MarsTrainer(Trainer):
 def _refuse_what_an_adapter_does_not_save(model: torch.nn.Module, trained: list[str]) -> None:
     """Checkpoints of an adapted model hold the adapter alone: whatever else trains would be lost."""
     if not hasattr(model, "get_base_model"):
+        if getattr(model, "peft_config", None):
+            raise ValueError(
+                "The model has an adapter of `load_adapter` or `add_adapter`, which the Trainer does not resume. Make "
+                "it a PEFT model: `PeftModel.from_pretrained(base, folder, is_trainable=True)` or `get_peft_model`."
+            )
         return
     from peft import get_peft_model_state_dict
 
