@@ -178,6 +178,25 @@ def code_loss(base: Path) -> float:
 
 
 @torch.no_grad()
+def text_loss(base: Path) -> float:
+    """
+    Mean negative log-likelihood of the tokens of test captions as plain text, in nats: with visual experts it is the
+    language model's own, whatever was trained.
+    """
+    model = MarsForConditionalGeneration.from_pretrained(base, dtype=torch.float32).eval()
+    tokenizer = MarsProcessor.from_pretrained(base).tokenizer
+    records = load_dataset(str(options.data / "emoji-64"), split="test").remove_columns("image").to_list()
+    losses = []
+    for record in random.Random(0).sample(records, min(options.pictures, len(records))):
+        for language in ("en", "zh"):
+            text = with_style(record[f"caption_{language}"], record["style"], language)
+            ids = torch.tensor([tokenizer(text)["input_ids"]])
+            logits = model(ids, vocabulary="text").logits[0, :-1]
+            losses.append(F.cross_entropy(logits, ids[0, 1:], reduction="none"))
+    return float(torch.cat(losses).mean())
+
+
+@torch.no_grad()
 def distance_at_128(base: Path, enlarger: Enlarger | None, k: int = 1) -> float:
     """Fréchet distance on VQ-GAN features between pictures of test prompts at 128 pixels and the true ones."""
     model = MarsForConditionalGeneration.from_pretrained(base, dtype=torch.float32).eval()
@@ -222,6 +241,7 @@ def stages_arm(arm: str, seed: int) -> dict:
     return {
         "minutes": minutes,
         "code_loss": code_loss(model),
+        "text_loss": text_loss(model),
         "top_1": identity(model),
         "top_1_64x96": identity(model, "--size", "64", "96", "--splits", "test", "--languages", "en"),
         "frechet_128": {k: distance_at_128(model, enlarger, k) for k in ((1, 16) if enlarger else (1,))},
@@ -266,10 +286,11 @@ def results(arms: dict, seeds: list[int]) -> dict[str, list[dict]]:
 def print_stages() -> None:
     """Print the first table, seeds side by side."""
     names = [f"{split}, {language}" for split in ("train", "test") for language in ("en", "zh")]
-    head = ["arm", "minutes", "nats a code", *names, "test, en, 64 x 96", "Fréchet, 128 px"]
+    head = ["arm", "minutes", "nats a code", "nats a token of text", *names, "test, en, 64 x 96", "Fréchet, 128 px"]
     print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for arm, done in results(STAGES, options.seeds).items():
-        columns = [[f"{one['minutes']:.0f}" for one in done], [f"{one['code_loss']:.3f}" for one in done]]
+        columns = [[f"{one['minutes']:.0f}" for one in done]]
+        columns += [[f"{one[name]:.3f}" for one in done] for name in ("code_loss", "text_loss")]
         columns += [[f"{one['top_1'][name]:.1f}" for one in done] for name in names]
         columns += [[f"{one['top_1_64x96']['test, en']:.1f}" for one in done]]
         columns += [[" / ".join(f"{score:.3f}" for score in one["frechet_128"].values()) for one in done]]

@@ -121,7 +121,7 @@ def main(folder: Path, name: str) -> None:
     kind, _, spread = name.rpartition("-")
     if spread == "fsdp":
         let_cpu_ranks_be_sharded()
-    if kind in ("muon", "adamw", "lora"):
+    if kind in ("muon", "adamw", "lora", "enlarge"):
         train_by_recipe(folder, kind, spread)
         return
     args = TrainingArguments(  # before the model: DeepSpeed's is told to the library here

@@ -88,16 +88,17 @@ def test_sharded_ranks_train_in_bfloat16_with_checkpointing_log_exact_losses_and
 @pytest.fixture
 def recipes(folder):
     """
-    The documents of mars-emoji in small, with its optimizer and with AdamW: pictures of several sizes, captions of
-    several lengths, and every second document is text alone.
+    The documents of mars-emoji in small, with its optimizer, with AdamW and as a LoRA: pictures of several sizes,
+    captions of several lengths, and every second document is text alone. And its super-resolution.
     """
     rng = torch.Generator().manual_seed(0)
     pairs = []
     for number in range(16):
-        height, width = [(12, 8), (16, 16), (8, 24)][number % 3]
+        height, width = [(16, 8), (16, 16), (8, 24)][number % 3]
         codes = torch.randint(0, 40, (height * width // 16,), generator=rng).tolist()
         caption = "abcdefghijklmnop"[: number + 1]
         pairs.append({"image_codes": codes, "height": height, "width": width, "caption_en": caption})
+        pairs[-1] |= {"lowres_codes": codes[::4], "enlarged_codes": codes[::-1]}
     pictures = [{"text": None, **{name: pair[name] for name in ("image_codes", "height", "width")}} for pair in pairs]
     words = [{"text": f"{pair['caption_en']}\n"} | dict.fromkeys(("image_codes", "height", "width")) for pair in pairs]
     stories = [[words[n], words[-n] if n % 2 else pictures[n], words[n - 3]] for n in range(16)]
@@ -120,6 +121,11 @@ def recipes(folder):
         model = {**values["model"], **({"adapter": {"r": 4, "experts": "all"}} if name == "lora" else {})}
         recipe = {**values, "model": model, "optimizer": {**optimizer, "learning_rate": 3e-3}}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    fields = {"super_resolution_factor": 2, "codes_per_step": [4, 1], "code_order": "block2x2", "max_grid_size": 8}
+    fields |= {"cell_embedding": True, "lowres_embedding": True}
+    enlarge = {**values, "stage": "super-resolution", "model": {**values["model"], "config": fields}}
+    enlarge |= {"data": [{**source, "task": "super-resolution", "code_noise": 0.3}], "codes_per_step": [4, 1]}
+    (folder / "enlarge.yaml").write_text(yaml.safe_dump({**enlarge, "optimizer": {"learning_rate": 3e-3}}))
     return folder
 
 
@@ -154,8 +160,9 @@ def test_a_recipe_on_two_sharded_ranks_trains_as_on_one_with_adamw_and_refuses_m
     assert refused.returncode != 0 and "Muon orthogonalises whole matrices" in refused.stderr
 
 
-def test_an_adapter_trains_on_two_ranks_as_on_one(recipes):
-    assert_a_recipe_trains_the_same(recipes, "lora-alone", "lora-ddp")
+@pytest.mark.parametrize("name", ["lora", "enlarge"])
+def test_an_adapter_and_super_resolution_train_on_two_ranks_as_on_one(recipes, name):
+    assert_a_recipe_trains_the_same(recipes, f"{name}-alone", f"{name}-ddp")
 
 
 def test_the_configurations_of_accelerate_that_ship_are_ones(recipes):

@@ -284,6 +284,11 @@ def test_each_stage_trains_the_visual_part_and_leaves_a_complete_model(folder, s
     log = json.loads((folder / "run" / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert losses[-1] < losses[0]
+    shutil.rmtree(folder / "run" / "checkpoint-6")  # interrupted, and gone on with from its fourth step
+    train(Recipe.load(folder / "recipe.yaml"), folder / "run")
+    again = load_file(final / "model.safetensors")
+    assert all(torch.equal(weight, again[name]) for name, weight in model.state_dict().items() if name in again)
+    assert again.keys() <= model.state_dict().keys() and len(again) > len(visual)
 
 
 @pytest.mark.parametrize("experts", ["visual", "all"])
