@@ -94,7 +94,7 @@ def recipe(stage: int, steps: int, seed: int, base: Path | None = None, **change
     decay = {"num_decay_steps": max(steps // 3, 1), "decay_type": "linear"}
     training = {**found.training, "max_steps": steps, "per_device_train_batch_size": rows}
     training |= {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": decay}
-    training |= {"warmup_steps": max(steps // 20, 1), "save_steps": 200}
+    training |= {"warmup_steps": steps // 20, "save_steps": 200}
     return replace(
         found,
         model=replace(found.model, **{"text": None, "vqgan": None, "base": None, "config": config, **origin}),
