@@ -247,7 +247,7 @@ def build_sources(
         for part in recipe.data
     ]
     if recipe.stage == "alignment":
-        for source in sources:
+        for source in {id(source.records): source for source in sources}.values():
             _refuse_several_sizes(source)
     return sources
 
@@ -316,8 +316,8 @@ def build_source(
         weights = subject_weights(records["hexcode"], part.balance) if part.balance else None
         options = {"weights": weights, "code_noise": part.code_noise, "drop_caption": part.drop_caption}
     write_caption = _caption_writer(part, rules.of_records)
-    source = CheckedSource(part.task, part.share, records, write_caption, name=part.source, bad_records=bad, **options)
-    source.after_pass = bad.finish
+    options |= {"name": part.source, "bad_records": bad, "after_pass": bad.finish}
+    source = CheckedSource(part.task, part.share, records, write_caption, **options)
     if not source.is_stream:
         tell_bad_records(source)
     return source
