@@ -147,6 +147,9 @@ def test_names_read_as_worked_by_hand():
     assert corpus_text.caption_phrases("grapes", "en") == ["grapes", "a picture of grapes"]
     assert corpus_text.with_article("people with bunny ears") == "people with bunny ears"
     assert corpus_text.with_article("octopus") == "an octopus"
+    sounds = {"an": ("umbrella", "hourglass done", "eagle"), "a": ("unicorn", "one-piece swimsuit", "ewe")}
+    for article, names in sounds.items():
+        assert [corpus_text.with_article(name) for name in names] == [f"{article} {name}" for name in names]
 
 
 def test_replies_begin_with_a_line_end():

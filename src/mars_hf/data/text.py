@@ -188,7 +188,8 @@ def with_article(name: str) -> str:
     is_plural = head.endswith(("s", "people", " men", "women")) and not head.endswith(("ss", "us", "is"))
     if is_plural or name[0].isupper() or not name[0].isalpha():
         return name
-    return f"{'an' if name[0] in 'aeio' else 'a'} {name}"
+    as_vowel = re.match(r"[ai]|e(?!u|we\b)|o(?!ne\b)|u(?!ni|se|t[ei])|hour|heir|honou?r", name)
+    return f"{'an' if as_vowel else 'a'} {name}"
 
 
 def caption_phrases(label: str, language: str) -> list[str]:
