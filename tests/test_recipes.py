@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import random
 import shutil
 import subprocess
@@ -578,6 +579,24 @@ def test_an_epoch_shows_every_pair_once_however_many_tasks_it_has(folder):
     assert trainer.args.max_steps == 6 and len(trainer.train_dataset) == 12
     shown = [trainer.train_dataset.record_of(index)["caption_en"] for index in range(12)]
     assert sorted(shown[:6]) == sorted(shown[6:]) == list("abcdef")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_left_out_of_a_stream_is_told_once_by_the_process_that_reads_it(folder, workers):
+    handler = logging.FileHandler(folder / "log")  # which a worker writes to, too
+    sources.logger.addHandler(handler)
+    pairs = Dataset.from_parquet(str(folder / "pairs.parquet")).add_column("score", [0.1, 0.9, 0.9, 0.9, 0.9, 0.9])
+    pairs.to_parquet(folder / "pairs.parquet")
+    source = {"source": str(folder / "pairs.parquet"), "streaming": True, "min_score": 0.5}
+    data = [{**source, "task": "text-to-image"}, {**source, "task": "captioning"}]
+    training = {**GOOD["training"], "dataloader_num_workers": workers}
+    try:
+        train(recipe_in(folder, data=data, training=training), folder / "run")
+    finally:
+        sources.logger.removeHandler(handler)
+        handler.close()
+    told = [line for line in (folder / "log").read_text().splitlines() if "score too low" in line]
+    assert len(told) == 1 and "pairs.parquet" in told[0] and "records were left out" in told[0]
 
 
 def test_records_can_be_read_on_the_way_and_what_is_left_out_is_told_at_the_end(folder, monkeypatch):

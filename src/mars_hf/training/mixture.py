@@ -44,6 +44,7 @@ class Source:
             A picture of a small data set can be told by its first codes: without noise the model comes to lean on
             them instead of on the prompt, and goes astray on its own drawings.
         after_pass (`Callable`, *optional*): Called when a stream has been read to its end.
+        after_reading (`Callable`, *optional*): Called when a run stops reading, in the process that reads.
         drop_caption (`float`, defaults to 0.1):
             Share of batches that are drawn whose captions are all `<null>`. Together they run apart: `<null>` is
             trained, and a batch whose prompts are text alone needs no gradient in them.
@@ -60,6 +61,7 @@ class Source:
     code_noise: float = 0.0
     drop_caption: float = 0.1
     after_pass: Callable[[], None] | None = field(default=None, repr=False)
+    after_reading: Callable[[], None] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -260,10 +262,15 @@ class MixtureStream(Mixture, IterableDataset):
         if worker is not None and worker.id:
             return
         records = {number: self._records_of(number) for number in sorted(set(self._passes))}
-        for batch in count() if self.num_batches is None else range(self.num_batches):
-            of_batch = records[self._passes[self.source_number(batch)]]
-            for index in range(batch * self.batch_size, (batch + 1) * self.batch_size):
-                yield self.write_row(index, next(of_batch))
+        try:
+            for batch in count() if self.num_batches is None else range(self.num_batches):
+                of_batch = records[self._passes[self.source_number(batch)]]
+                for index in range(batch * self.batch_size, (batch + 1) * self.batch_size):
+                    yield self.write_row(index, next(of_batch))
+        finally:
+            for source in self.sources:
+                if source.after_reading is not None:
+                    source.after_reading()
 
     def _records_of(self, number: int) -> Iterator[Record]:
         source = self.sources[number]

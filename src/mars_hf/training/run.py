@@ -30,7 +30,7 @@ from .mixture import MixtureDataset, MixtureStream, PackedStream, Source
 from .muon import muon_with_adamw
 from .recipe import ADAPTED_MODULES, DataPart, ModelPart, Recipe
 from .samples import SamplePictures
-from .sources import build_source, build_sources, fit_processor, rows_of_an_epoch, tell_streams
+from .sources import build_source, build_sources, fit_processor, rows_of_an_epoch
 from .text import last_checkpoint
 from .trainer import MarsTrainer
 
@@ -341,8 +341,6 @@ def train(recipe: Recipe, out: str | Path, compile_pictures: bool = False, allow
         facts["base"] = weights_digest(weight_files(recipe.model.found_base))
     check_resumption(recipe, out, facts, allow_changes, writes=trainer.args.should_save)
     trainer.train(resume_from_checkpoint=last_checkpoint(out))
-    if trainer.args.should_log:
-        tell_streams(sources, trainer.args)
     if trainer.state.global_step < trainer.state.max_steps:
         logger.warning(f"Stopped at step {trainer.state.global_step}, with a checkpoint: the same line goes on.")
         return out

@@ -300,7 +300,8 @@ def build_source(
             f"{part.split}}}` to look at those."
         )
     key = (part.source, split, part.streaming, repr((part.columns, part.encode, part.hub_options)), rules)
-    if key not in known:
+    is_new = key not in known
+    if is_new:
         if part.encode is None:
             records = open_records(part.source, split, part.streaming, part.columns, model.vqgan, **part.hub_options)
         else:
@@ -319,7 +320,9 @@ def build_source(
     options |= {"name": part.source, "bad_records": bad, "after_pass": bad.finish}
     source = CheckedSource(part.task, part.share, records, write_caption, **options)
     if not source.is_stream:
-        tell_bad_records(source)
+        _tell(part.source, bad)
+    elif is_new and eval_split is None and args is not None and args.should_log:
+        source.after_reading = partial(_tell, part.source, bad)
     return source
 
 
@@ -420,26 +423,10 @@ def _refuse_missing_columns(part: DataPart, features: Features, lowres_embedding
         )
 
 
-def tell_bad_records(source: CheckedSource) -> None:
-    """Log what was left out of a source, if anything was."""
-    _tell(source.name, source.bad_records)
-
-
 def _tell(name: str, bad: BadRecords) -> None:
+    """Log what was left out of a source, if anything was."""
     if bad.reasons or bad.num_long_captions:
         logger.warning(f"{name}: {bad}")
-
-
-def tell_streams(sources: Sequence[CheckedSource], args: TrainingArguments) -> None:
-    """Log what was left out of streams while they were read, each pass counted anew."""
-    streams = [source for source in sources if source.is_stream]
-    if streams and args.dataloader_num_workers:
-        logger.warning(
-            "What is left out of a stream is counted by the worker that reads it, and not told here. Set "
-            "`dataloader_num_workers: 0` to see it."
-        )
-    for source in streams:
-        tell_bad_records(source)
 
 
 def _caption_writer(part: DataPart, rules: RecordRules) -> Callable[[dict[str, Any], random.Random], str]:
@@ -469,5 +456,4 @@ __all__ = [
     "build_sources",
     "fit_processor",
     "rows_of_an_epoch",
-    "tell_streams",
 ]
