@@ -25,7 +25,8 @@ from mars_hf.training.estimate import (
     estimate_memory,
     paper_utilisation,
 )
-from mars_hf.training.recipe import Recipe
+from mars_hf.training.recipe import AdapterPart, Recipe
+from mars_hf.training.run import with_adapter
 from mars_hf.training.trainer import MarsTrainer
 
 TEXT = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3}
@@ -36,7 +37,15 @@ class RealStep:
     """A step of [`MarsTrainer`] on four rows, as a run makes it, and what the dry run knows of it."""
 
     def __init__(
-        self, folder, task="text-to-image", packed=False, attention="eager", training=None, loss=None, **fields
+        self,
+        folder,
+        task="text-to-image",
+        packed=False,
+        attention="eager",
+        training=None,
+        loss=None,
+        adapter=None,
+        **fields,
     ):
         loss, training = {"scope": "joint", "chunk_size": 2048, **(loss or {})}, training or {}
         config = MarsConfig(text_config=Qwen2Config(**TEXT), codebook_size=500, downsample_factor=4, **fields)
@@ -44,6 +53,8 @@ class RealStep:
         model = MarsForConditionalGeneration(config)
         if config.use_visual_expert:
             model.freeze_text()
+        if adapter is not None:
+            model = with_adapter(model, adapter)
         rows = [self.row(config, task, words) for words in (20, 21, 22, 23)]
         args = TrainingArguments(
             str(folder), max_steps=1, report_to=[], use_cpu=True, remove_unused_columns=False, **training
@@ -63,6 +74,7 @@ class RealStep:
             checkpointing=args.gradient_checkpointing,
             bf16=args.bf16,
             gpus=1,
+            **({} if adapter is None else {"adapter": adapter}),
         )
         self.config = config
         self.shape = StepShape.of(self.batch, rows, config, self.method.prompts_without_gradient)
@@ -93,6 +105,11 @@ STEPS = {
     "output experts": {"task": "captioning", "expert_output_projection": True},
     "both experts for all": {"task": "captioning", "expert_impl": "where"},
     "no visual experts": {"use_visual_expert": False},
+    "adapter": {"adapter": AdapterPart(8)},
+    "adapter on all experts": {"adapter": AdapterPart(8, experts="all")},
+    "adapter on all experts, captioning": {"adapter": AdapterPart(8, experts="all"), "task": "captioning"},
+    "adapter, checkpointing": {"adapter": AdapterPart(8, experts="all"), **CHECKPOINTING},
+    "adapter on output experts": {"adapter": AdapterPart(8, experts="all"), "expert_output_projection": True},
 }
 
 
@@ -106,6 +123,10 @@ def test_the_flops_of_a_step_are_those_that_torch_counts(tmp_path, name):
     assert (estimated.recomputed > 0) == (step.method.checkpointing or step.method.chunk_size < 2048)
 
 
+MEASURED = ["prompts without gradient", "captioning", "packed", "in chunks", "checkpointing"]
+MEASURED += [name for name in STEPS if name.startswith("adapter")]
+
+
 def peak_growth(call):
     """Bytes that are allocated at once during a call, beyond those before it."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -114,7 +135,7 @@ def peak_growth(call):
     return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
-@pytest.mark.parametrize("name", ["prompts without gradient", "captioning", "packed", "in chunks", "checkpointing"])
+@pytest.mark.parametrize("name", MEASURED)
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_memory_of_a_step_is_measured_within_15_percent(tmp_path, name, bf16):
     settings = copy.deepcopy(STEPS[name])
@@ -147,6 +168,17 @@ def test_the_parameters_of_each_part_are_those_of_a_real_model(make_model, field
     assert parts["VQ-GAN"].parameters == sum(p.numel() for p in model.vqgan.parameters())
     assert parts["vision head"].parameters == model.vision_head.weight.numel()
     assert ("text head" in parts) == (not fields.get("tied", False))
+
+
+@pytest.mark.parametrize("experts", ["visual", "all"])
+def test_of_an_adapter_its_own_parameters_alone_train(recipe, tmp_path, experts):
+    model = {"base": str(tmp_path / "base"), "adapter": {"r": 4, "experts": experts}}
+    parts = estimate_cost(recipe(model=model)).parameters
+    real = with_adapter(MarsForConditionalGeneration.from_pretrained(tmp_path / "base"), AdapterPart(4, None, experts))
+    numbers = sum(parameter.numel() for parameter in real.parameters() if parameter.requires_grad)
+    assert {name: part.trained for name, part in parts.items() if part.trained} == {"adapter": numbers}
+    assert parts.pop("adapter").parameters == numbers
+    assert parts.keys() == count_parameters(real.config).keys()
 
 
 def test_several_gpus_divide_what_they_own(tmp_path):

@@ -24,7 +24,6 @@ from mars_hf import DEFAULT_CHECKPOINT, MarsConfig, MarsForConditionalGeneration
 from mars_hf.evaluation.provenance import fingerprint
 from mars_hf.modeling_mars import is_visual_parameter
 from mars_hf.training import run, sources
-from mars_hf.training.estimate import estimate_cost
 from mars_hf.training.recipe import RECIPES, STAGES, AssumedPart, DataPart, ModelPart, Recipe
 from mars_hf.training.run import build_model, build_source, check_resumption, make_trainer, train
 from mars_hf.weights_mars import adapter_base, weight_files, weights_digest
@@ -352,8 +351,6 @@ def test_an_adapter_is_refused_where_it_is_not_made_for(folder):
     part = {"base": str(folder / "base"), "adapter": {"r": 2}}
     with pytest.raises(ValueError, match="Muon makes every direction.*optimizer.name: adamw"):
         recipe_in(folder, model=part, optimizer={"name": "muon", "muon_learning_rate": 1e-3})
-    with pytest.raises(ValueError, match="A dry run does not estimate adapters"):
-        estimate_cost(recipe_in(folder, model=part))
     with pytest.raises(ValueError, match="`model.adapter` is to be on the visual experts.*`experts: all`"):
         recipe_in(folder, model=part).check_model(MarsConfig(use_visual_expert=False))
 

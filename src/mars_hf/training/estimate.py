@@ -23,7 +23,8 @@ from ..processing_mars import MarsProcessor
 from .collation import AlignedCollator, PackedCollator, Row, ShiftedRow, pack_rows
 from .losses import IGNORED_LABEL
 from .mixture import MixtureStream
-from .recipe import AssumedPart, ModelPart, Recipe
+from .recipe import AdapterPart, AssumedPart, ModelPart, Recipe
+from .run import with_adapter
 from .sources import build_sources, fit_processor, rows_of_an_epoch
 
 PAPER_STAGES = ("paper/stage1", "paper/stage2", "paper/stage3")
@@ -33,6 +34,7 @@ SAMPLED_BATCHES = 32  # of data that are here
 SECONDS_A_DAY = 86_400
 GIB = 2**30
 WORD, PAD = 1, 0  # text ids that stand for all
+NO_ADAPTER = AdapterPart()
 # Tables of logits at once in the backward of the loss: the logits, and on the way to their gradient two more; of the
 # visual ones, which are cut and padded and picked from, four more.
 TEXT_COPIES, VISUAL_COPIES = 3, 5
@@ -103,6 +105,7 @@ class Method:
     checkpointing: bool
     bf16: bool
     gpus: int
+    adapter: AdapterPart = NO_ADAPTER
 
     @classmethod
     def of(cls, recipe: Recipe, gpus: int):
@@ -118,12 +121,18 @@ class Method:
             checkpointing=checkpointing,
             bf16=training.get("fp16") or training.get("bf16", True),
             gpus=gpus,
+            adapter=recipe.model.adapter,
         )
 
     @property
     def prompts_without_gradient(self) -> bool:
         """As [`MarsTrainer`] decides it."""
-        return self.gpus == 1 and not self.checkpointing
+        return self.gpus == 1 and not self.checkpointing and not self.adapts_text
+
+    @property
+    def adapts_text(self) -> bool:
+        """Whether an adapter is on the text experts, too."""
+        return self.adapter.r > 0 and self.adapter.experts == "all"
 
     @property
     def width(self) -> int:
@@ -132,19 +141,27 @@ class Method:
 
 
 class Sizes:
-    """Widths of a model, and the matrices of one layer in parameters."""
+    """Widths of a model, and the matrices of one layer, and of an adapter on them, in parameters."""
 
-    def __init__(self, config: MarsConfig):
+    def __init__(self, config: MarsConfig, adapter: AdapterPart = NO_ADAPTER):
         text = config.text_config
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.layers, self.hidden, self.inner = text.num_hidden_layers, text.hidden_size, text.intermediate_size
         self.heads, self.attention = text.num_attention_heads, text.num_attention_heads * head_dim
         keys_and_values = 2 * text.num_key_value_heads * head_dim
         self.output = self.attention * self.hidden
-        self.expert = (self.attention + keys_and_values) * self.hidden + 3 * self.hidden * self.inner
+        self.projections = (self.attention + keys_and_values) * self.hidden  # of queries, keys and values
+        self.expert = self.projections + 3 * self.hidden * self.inner
+        # What a matrix takes in and gives, for each rank.
+        self.adapter_inputs = adapter.r * 3 * self.hidden
+        self.adapter = self.adapter_inputs + adapter.r * (self.attention + keys_and_values)
+        self.adapter += adapter.r * 3 * (self.hidden + self.inner)
+        self.output_adapter = adapter.r * (self.attention + self.hidden)
+        self.vision_head_adapter = adapter.r * (self.hidden + config.num_visual_tokens)
         self.has_output_expert = config.expert_output_projection
         if self.has_output_expert:
             self.expert, self.output = self.expert + self.output, 0
+            self.adapter, self.output_adapter = self.adapter + self.output_adapter, 0
         self.text_head = config.text_vocab_size * self.hidden
         self.vision_head = config.num_visual_tokens * self.hidden
         self.text_vocabulary, self.visual_vocabulary = config.text_vocab_size, config.num_visual_tokens
@@ -154,18 +171,19 @@ class Sizes:
 # ---- parameters
 
 
-def count_parameters(config: MarsConfig) -> dict[str, Part]:
+def count_parameters(config: MarsConfig, adapter: AdapterPart = NO_ADAPTER) -> dict[str, Part]:
     """
     Count the parameters of each part of a model without making it. Tied weights count once, as embeddings.
 
     Args:
         config ([`MarsConfig`]): Of the model.
+        adapter ([`AdapterPart`], *optional*): Trains in place of the visual part.
 
     Returns:
         `dict[str, Part]`: By the name of the part.
     """
     parts: dict[str, list[int]] = {}
-    for name, parameter in _model_without_storage(config).named_parameters():
+    for name, parameter in _named_parameters(config, adapter):
         numbers = parts.setdefault(_part_of(name, config), [0, 0])
         numbers[0] += parameter.numel()
         numbers[1] += parameter.numel() * _trains(name, parameter)
@@ -180,11 +198,25 @@ def _model_without_storage(config: MarsConfig) -> MarsForConditionalGeneration:
     return model
 
 
+def _named_parameters(config: MarsConfig, adapter: AdapterPart) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Give the parameters of a model, and of an adapter on it, by their names without it."""
+    model = _model_without_storage(config)
+    if not adapter.r:
+        yield from model.named_parameters()
+        return
+    with torch.device("meta"):
+        adapted = with_adapter(model, adapter)
+    for name, parameter in adapted.named_parameters():
+        yield name.removeprefix("base_model.model.").replace(".base_layer", ""), parameter
+
+
 def _trains(name: str, parameter: torch.nn.Parameter) -> bool:
     return parameter.requires_grad and not name.startswith("vqgan.")  # no loss reaches the VQ-GAN
 
 
 def _part_of(name: str, config: MarsConfig) -> str:
+    if ".lora_" in name:
+        return "adapter"
     if name.startswith("vqgan."):
         return "VQ-GAN"
     if "_head." in name:
@@ -220,22 +252,31 @@ def count_flops(config: MarsConfig, step: StepShape, method: Method) -> Flops:
         step ([`StepShape`]): A batch.
         method ([`Method`]): How it is trained.
     """
-    sizes, places = Sizes(config), step.rows * (step.columns - step.prompt)
-    shared_trains = not config.use_visual_expert
+    sizes, places = Sizes(config, method.adapter), step.rows * (step.columns - step.prompt)
+    is_adapted = method.adapter.r > 0
+    shared_trains = not config.use_visual_expert and not is_adapted
     prompt = step.rows * step.prompt
     forward_only = prompt * (sizes.expert + sizes.output) + 2 * prompt * step.prompt * sizes.attention
     frozen = step.text * sizes.expert + (0 if shared_trains else places * sizes.output)
     trained = step.visual * sizes.expert + (places * sizes.output if shared_trains else 0)
+    without_gradient = 0  # for what comes into the first layer: nothing below it trains
+    if is_adapted:
+        adapted = step.visual + step.text * method.adapts_text
+        frozen += step.visual * sizes.expert
+        trained = adapted * sizes.adapter + places * sizes.output_adapter * method.adapts_text
+        without_gradient = (step.visual + step.text) * sizes.projections + adapted * sizes.adapter_inputs
+        without_gradient *= not method.checkpointing
     products = 2 * places * step.columns * sizes.attention  # of queries with keys, of weights with values
-    layers = sizes.layers * (2 * forward_only + 4 * frozen + 6 * (trained + products))
+    layers = sizes.layers * (2 * forward_only + 4 * frozen + 6 * (trained + products)) - 2 * without_gradient
     recomputed = sizes.layers * 2 * (frozen + trained + products) * method.checkpointing
     model = float(layers)
     for labels, has_words in ((step.codes, method.scope == "joint"), (step.words, True)):
         text_head = labels * sizes.text_head * has_words
         vision_head = labels * sizes.vision_head
-        model += (6 if shared_trains else 4) * text_head + 6 * vision_head
-        recomputed += 2 * (text_head + vision_head) * (labels > method.chunk_size)
-    if method.is_spread:  # the mean head rows of neighbouring codes: forward, and the gradient of the head
+        on_vision_head = labels * sizes.vision_head_adapter
+        model += (6 if shared_trains else 4) * text_head + (4 if is_adapted else 6) * vision_head + 6 * on_vision_head
+        recomputed += 2 * (text_head + vision_head + on_vision_head) * (labels > method.chunk_size)
+    if method.is_spread and not is_adapted:  # the mean head rows of neighbouring codes: forward, gradient of the head
         model += 4 * sizes.codes**2 * sizes.hidden
     return Flops(model, float(recomputed))
 
@@ -256,7 +297,7 @@ def estimate_memory(config: MarsConfig, step: StepShape, method: Method) -> dict
     Returns:
         `dict[str, int]`: Bytes of each kind.
     """
-    named = [(name, p, _trains(name, p)) for name, p in _model_without_storage(config).named_parameters()]
+    named = [(name, p, _trains(name, p)) for name, p in _named_parameters(config, method.adapter)]
     everything = sum(p.numel() for _, p, _ in named)
     trained = sum(p.numel() for _, p, trains in named if trains)
     by_muon = sum(p.numel() for name, p, trains in named if trains and p.ndim == 2 and "layers" in name.split("."))
@@ -278,18 +319,21 @@ def _weights_in_use(config: MarsConfig, step: StepShape, method: Method) -> int:
     if method.gpus > 1:  # two layers on their way, the gradients of one, and all that is in no layer
         outside = sum(p.numel() for n, p in _model_without_storage(config).named_parameters() if ".layers." not in n)
         gradients = visual_layer if config.use_visual_expert else text_layer
+        gradients *= not method.adapter.r
         return method.width * (2 * (visual_layer + text_layer) + gradients + outside)
     if not method.bf16:
         return 0
     heads = parts["vision head"].parameters + sizes.text_head * (method.scope == "joint" or step.words > 0)
     layer = visual_layer if config.use_visual_expert else text_layer  # what trains, from the first use to the loss
+    if method.checkpointing and method.adapter.r:
+        layer = 0
     if not method.checkpointing and config.use_visual_expert:  # what does not, for the backward
         layer += sizes.output + sizes.expert * (step.text > 0)
     return method.width * (heads + sizes.layers * layer)
 
 
 def _activations(config: MarsConfig, step: StepShape, method: Method) -> dict[str, int]:
-    sizes, places = Sizes(config), step.rows * (step.columns - step.prompt)
+    sizes, places = Sizes(config, method.adapter), step.rows * (step.columns - step.prompt)
     layer = _layer_activations(sizes, step, method)
     labels = step.codes + step.words
     ends = 4 * sizes.hidden * (places + 2 * labels)  # the last norm's input, and the states that have a label
@@ -306,15 +350,16 @@ def _activations(config: MarsConfig, step: StepShape, method: Method) -> dict[st
 def _layer_activations(sizes: Sizes, step: StepShape, method: Method) -> int:
     """What a layer keeps for its backward, under attention that keeps no scores (sdpa, flash)."""
     places, keys, width = step.rows * (step.columns - step.prompt), step.rows * step.columns, method.width
+    trained = step.visual + step.text * method.adapts_text
     norms = 2 * 4 * sizes.hidden * places  # what goes into them
     # What goes into expert projections: for each linear a rounded copy of its own, or the norm's output for all.
-    inputs = 5 * width * sizes.hidden * step.visual if method.bf16 else 2 * 4 * sizes.hidden * places
+    inputs = 5 * width * sizes.hidden * trained if method.bf16 else 2 * 4 * sizes.hidden * places
     # Queries, output, and keys and values of every head; of each row a sum for each head, and the mask as numbers.
     attention = width * sizes.attention * (2 * places + 2 * keys)
     attention += 4 * sizes.heads * places + width * places * step.columns
-    attention += width * sizes.attention * places * sizes.has_output_expert
+    attention += width * sizes.attention * places * (sizes.has_output_expert or method.adapts_text)
     # The gate, its activation, the other branch; with a gradient for the last matrix their product, too.
-    inner = width * sizes.inner * (3 * step.text + 4 * step.visual)
+    inner = width * sizes.inner * (3 * (step.text + step.visual) + trained)
     return norms + inputs + attention + inner
 
 
@@ -585,11 +630,6 @@ def estimate_cost(
         raise ValueError(f"`utilisation` is a share above 0 and at most 1, got {utilisation}.")
     if peak_tflops <= 0:
         raise ValueError(f"`peak_tflops` must be above 0, got {peak_tflops}.")
-    if recipe.model.adapter.r:
-        raise ValueError(
-            "A dry run does not estimate adapters. Without `model.adapter` it estimates the same recipe for the whole "
-            "visual part."
-        )
     method = Method.of(recipe, gpus)
     config, model_from = recipe_config(recipe.model, recipe.assume)
     recipe.check_model(config)
@@ -612,7 +652,7 @@ def estimate_cost(
         model=model_from,
         data=data_from,
         gpus=gpus,
-        parameters=count_parameters(config),
+        parameters=count_parameters(config, recipe.model.adapter),
         memory=largest,
         largest=[step for step in dict.fromkeys(s for _, s in batches)][memories.index(largest)],
         tokens=copies * tokens,

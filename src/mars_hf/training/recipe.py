@@ -121,7 +121,7 @@ STAGES = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class AdapterPart:
     """
     A LoRA of PEFT that trains in place of the visual part, which is frozen then as the rest is. A run's checkpoint is

@@ -28,7 +28,7 @@ from ..weights_mars import weight_files, weights_digest
 from .collation import AlignedCollator, PackedCollator
 from .mixture import MixtureDataset, MixtureStream, PackedStream, Source
 from .muon import muon_with_adamw
-from .recipe import ADAPTED_MODULES, DataPart, ModelPart, Recipe
+from .recipe import ADAPTED_MODULES, AdapterPart, DataPart, ModelPart, Recipe
 from .samples import SamplePictures
 from .sources import build_source, build_sources, fit_processor, rows_of_an_epoch
 from .text import last_checkpoint
@@ -105,14 +105,13 @@ def with_other_config(
     return model.eval(), processor
 
 
-def with_adapter(model: MarsForConditionalGeneration, part: ModelPart) -> Any:
-    """Put the new adapter of a recipe on its base, and freeze all else."""
+def with_adapter(model: MarsForConditionalGeneration, part: AdapterPart, base: Path | str | None = None) -> Any:
+    """Put the new adapter of a recipe on its base, which it is to find from any folder, and freeze all else."""
     from peft import LoraConfig, get_peft_model
 
-    alpha = 2 * part.adapter.r if part.adapter.lora_alpha is None else part.adapter.lora_alpha
-    targets = ADAPTED_MODULES[part.adapter.experts]
-    adapted = get_peft_model(model, LoraConfig(r=part.adapter.r, lora_alpha=alpha, target_modules=targets))
-    base = part.found_base  # which the adapter is to find from any folder
+    alpha = 2 * part.r if part.lora_alpha is None else part.lora_alpha
+    config = LoraConfig(r=part.r, lora_alpha=alpha, target_modules=ADAPTED_MODULES[part.experts])
+    adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = str(base.absolute() if isinstance(base, Path) else base)
     return adapted
 
@@ -162,7 +161,7 @@ def make_trainer(recipe: Recipe, out: Path, compile_pictures: bool = False) -> t
     model, processor = build_model(recipe.model)
     recipe.check_model(model.config)
     if recipe.model.adapter.r:
-        model = with_adapter(model, recipe.model)
+        model = with_adapter(model, recipe.model.adapter, recipe.model.found_base)
     args = training_arguments(recipe, out)
     sources = build_sources(recipe, model, processor, args=args)
     data = _training_rows(recipe, model, processor, sources, args)
