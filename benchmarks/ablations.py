@@ -112,7 +112,8 @@ def run(name: str, what: Recipe) -> tuple[Path, float]:
     clock, stated = out / "minutes.json", out / "run.json"
     before = json.loads(clock.read_text()) if clock.exists() else 0.0
     if (out / "final" / "processor_config.json").exists():  # the last file of a finished run
-        if Recipe.from_dict(json.loads(stated.read_text())["recipe"]) != what:
+        trained = Recipe.from_dict(json.loads(stated.read_text())["recipe"])
+        if replace(trained, about=what.about, assume=what.assume) != what:  # which no run reads
             sys.exit(f"{out} was trained by another recipe than this one. Take another --out.")
         return out / "final", before
     torch.compiler.reset()  # what earlier runs compiled counts against a limit of variants
