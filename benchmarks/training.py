@@ -281,7 +281,7 @@ def loader_trainer(steps: int) -> MarsTrainer:
         recipe = Recipe.load("emoji/stage1")
         data = [replace(part, source=str(options.emoji_codes)) for part in recipe.data]
         training = {**recipe.training, "max_steps": steps, "per_device_train_batch_size": options.loader_batch}
-        training |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None}
+        training |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None, "warmup_steps": 0}
         base = ModelPart(base=str(DEFAULT_CHECKPOINT))
         recipe = replace(recipe, model=base, data=data, training=training)
         return make_trainer(recipe, Path(folder.name) / "loader", compile_pictures=True)[0]
