@@ -112,7 +112,9 @@ def with_adapter(model: MarsForConditionalGeneration, part: AdapterPart, base: P
     alpha = 2 * part.r if part.lora_alpha is None else part.lora_alpha
     config = LoraConfig(r=part.r, lora_alpha=alpha, target_modules=ADAPTED_MODULES[part.experts])
     adapted = get_peft_model(model, config)
-    adapted.peft_config["default"].base_model_name_or_path = str(base.absolute() if isinstance(base, Path) else base)
+    if base is not None:
+        base = base.absolute() if isinstance(base, Path) else base
+        adapted.peft_config["default"].base_model_name_or_path = str(base)
     return adapted
 
 

@@ -300,8 +300,8 @@ def build_source(
             f"{part.split}}}` to look at those."
         )
     key = (part.source, split, part.streaming, repr((part.columns, part.encode, part.hub_options)), rules)
-    is_new = key not in known
-    if is_new:
+    is_first = key not in known
+    if is_first:
         if part.encode is None:
             records = open_records(part.source, split, part.streaming, part.columns, model.vqgan, **part.hub_options)
         else:
@@ -321,7 +321,7 @@ def build_source(
     source = CheckedSource(part.task, part.share, records, write_caption, **options)
     if not source.is_stream:
         _tell(part.source, bad)
-    elif is_new and eval_split is None and args is not None and args.should_log:
+    elif is_first and eval_split is None and args is not None and args.should_log:
         source.after_reading = partial(_tell, part.source, bad)
     return source
 
