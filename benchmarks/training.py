@@ -328,9 +328,11 @@ def measure_packing() -> dict[str, dict[str, Any]]:
         return {options.lengths.name: packed(rows, config, options.pack)}
     emoji = emoji_rows(MarsProcessor.from_pretrained(DEFAULT_CHECKPOINT), 1, options.rows)
     emoji_config = MarsConfig.from_pretrained(DEFAULT_CHECKPOINT)
+    stage_2, pack = list(stage_2_rows(config, options.rows)), Recipe.load("paper/stage2").packing
     return {
         "mars-emoji's sizes": packed([emoji[number] for number in range(len(emoji))], emoji_config, EMOJI_PACK),
-        "Stage II": packed(list(stage_2_rows(config, options.rows)), config, Recipe.load("paper/stage2").packing),
+        "Stage II": packed(stage_2, config, pack),
+        "Stage II, packs of twice the length": packed(stage_2, config, 2 * pack),
     }
 
 

@@ -1,8 +1,9 @@
 """
 One rank of a run that `test_distributed.py` starts: FOLDER, then how it is spread: alone, ddp, fsdp or zero3; with
 "packs" in front, on packs of rows that come one after the other; with "stopped", the last rank is told to stop; with
-"rounded", in bfloat16 and with gradient checkpointing, as on GPUs; with "muon" or "adamw", as the recipe of that name
-in FOLDER says.
+"rounded", in bfloat16 and with gradient checkpointing, as on GPUs; with "accumulated", in steps of twice as many
+batches; with "broken", where the last rank's loss is no number in its 17th step; with "muon" or "adamw", as the recipe
+of that name in FOLDER says.
 
 accelerate shards on accelerators only; that CPU ranks may be sharded too is all that is told to it here.
 """
@@ -89,13 +90,13 @@ def sources_of() -> list[Source]:
     ]
 
 
-def data_of(processor: MarsProcessor, config: MarsConfig, packed: bool) -> tuple:
+def data_of(processor: MarsProcessor, config: MarsConfig, packed: bool, per_step: int) -> tuple:
     """Give rows or packs of the same rows, and what collates them."""
-    pad, options = processor.tokenizer.pad_token_id, {"batch_size": 2, "batches_per_step": 2}
+    pad, options = processor.tokenizer.pad_token_id, {"batch_size": 2, "batches_per_step": per_step}
     if packed:
         stream = MixtureStream(processor, sources_of(), codes_per_step=(1, 2), **options)
         return PackedStream(stream, config, 64, window=16), PackedCollator(config, pad, 64)
-    return Rows(processor, sources_of(), num_batches=60, **options), AlignedCollator(config, pad)
+    return Rows(processor, sources_of(), num_batches=30 * per_step, **options), AlignedCollator(config, pad)
 
 
 class TerminateLastRank(TrainerCallback):
@@ -106,12 +107,37 @@ class TerminateLastRank(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+def spoil_last_rank(trainer: MarsTrainer) -> None:
+    """Make the last rank's loss no number in step 17; the others learn of it from the gradients."""
+    compute = trainer.compute_loss
+
+    def spoiled(*args, **kwargs):
+        is_due = trainer.state.global_step == 16 and trainer.args.process_index == trainer.args.world_size - 1
+        return compute(*args, **kwargs) * (torch.nan if is_due else 1)
+
+    trainer.compute_loss = spoiled
+
+
+def note_sharded_gradients(trainer: MarsTrainer) -> list[bool]:
+    """Note after each batch but the last of a step whether gradients are where the optimizer takes them from."""
+    step, found = trainer.training_step, []
+
+    def noted(model, *args):
+        loss = step(model, *args)
+        if not trainer.accelerator.sync_gradients:
+            found.append(any(parameter.grad is not None for parameter in model.parameters()))
+        return loss
+
+    trainer.training_step = noted
+    return found
+
+
 def train_by_recipe(folder: Path, optimizer: str, spread: str) -> None:
     """Train as users do; alone, a step takes the batches of two ranks."""
     recipe = Recipe.load(folder / f"{optimizer}.yaml")
     recipe.training["gradient_accumulation_steps"] = 2 if spread == "alone" else 1
     if spread == "fsdp":
-        recipe.training |= {"fsdp": True, "fsdp_config": FSDP}
+        recipe.training |= {"fsdp": True, "fsdp_config": FSDP | {"state_dict_type": "SHARDED_STATE_DICT"}}
     train(recipe, folder / f"{optimizer}-{spread}")
 
 
@@ -124,14 +150,15 @@ def main(folder: Path, name: str) -> None:
     if kind in ("muon", "adamw", "lora", "enlarge"):
         train_by_recipe(folder, kind, spread)
         return
+    per_step = 4 if kind == "accumulated" else 2  # batches, of all ranks
     args = TrainingArguments(  # before the model: DeepSpeed's is told to the library here
         str(folder / name),
         max_steps=30,
         per_device_train_batch_size=2,
-        gradient_accumulation_steps=2 if spread == "alone" else 1,
+        gradient_accumulation_steps=per_step if spread == "alone" else per_step // 2,
         learning_rate=1e-2,
         logging_steps=1,
-        save_steps=15 if kind == "rounded" else 30,
+        save_steps={"rounded": 15, "broken": 1}.get(kind, 30),
         enable_jit_checkpoint=True,
         report_to=[],
         use_cpu=True,
@@ -145,7 +172,7 @@ def main(folder: Path, name: str) -> None:
     )
     model = MarsForConditionalGeneration.from_pretrained(folder / "start")
     processor = MarsProcessor.from_pretrained(folder / "start")
-    data, collate = data_of(processor, model.config, kind == "packs")
+    data, collate = data_of(processor, model.config, kind == "packs", per_step)
     callbacks = [TerminateLastRank()] if kind == "stopped" else []
     trainer = MarsTrainer(
         model=model,
@@ -157,12 +184,16 @@ def main(folder: Path, name: str) -> None:
     )
     dtypes, note = set(), trainer._note
     trainer._note = lambda task, terms, labels: (dtypes.add(str(terms.loss.dtype)), note(task, terms, labels))
+    if kind == "broken":
+        spoil_last_rank(trainer)
+    gradients = note_sharded_gradients(trainer)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder / name))
     (folder / f"{name}-{args.process_index}.step").write_text(str(trainer.state.global_step))
     kinds = {type(parameter).__name__ for parameter in trainer.model_wrapped.parameters()}
     if args.process_index == 0:
         entries = [entry for entry in trainer.state.log_history if "loss" in entry]
         facts = {"logs": entries, "parameters": sorted(kinds), "processes": args.world_size}
+        facts["has_gradients_between"] = all(gradients)
         facts["dtypes"] = sorted(dtypes)  # of the sums of losses that the model returns
         (folder / f"{name}.json").write_text(json.dumps(facts))
 

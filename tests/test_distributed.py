@@ -51,9 +51,10 @@ def assert_the_same_run(folder, alone, spread, parameters):
     assert len(alone["logs"]) == 30
     for one, two in zip(alone["logs"], spread_out["logs"], strict=True):
         assert one.keys() == two.keys() and abs(one["loss"] - two["loss"]) < 1e-5
+        assert abs(one["grad_norm"] - two["grad_norm"]) < 1e-3 * one["grad_norm"]
         of_tasks = [name for name in one if "/" in name]  # of both ranks, rounded to four digits
         assert of_tasks and all(abs(one[name] - two[name]) < 3e-4 for name in of_tasks), (one, two)
-    start = "packs-alone" if spread.startswith("packs-") else "alone"
+    start = "-".join([*spread.split("-")[:-1], "alone"])
     one, two = (
         MarsForConditionalGeneration.from_pretrained(folder / name / "checkpoint-30") for name in (start, spread)
     )
@@ -65,6 +66,19 @@ def test_two_ranks_train_as_one_replicated_and_sharded(folder):
     alone = run(folder, "alone")
     assert_the_same_run(folder, alone, "ddp", "Parameter")
     assert_the_same_run(folder, alone, "fsdp", "DTensor")
+
+
+def test_sharded_ranks_that_accumulate_train_as_one_and_keep_no_whole_gradients(folder):
+    assert_the_same_run(folder, run(folder, "accumulated-alone"), "accumulated-fsdp", "DTensor")
+    assert json.loads((folder / "accumulated-fsdp.json").read_text())["has_gradients_between"]
+
+
+def test_a_loss_of_one_rank_that_is_no_number_stops_all_and_the_last_checkpoint_is_good(folder):
+    done = start(folder, "broken-ddp")
+    assert done.returncode != 0 and "The loss is nan in step 16" in done.stderr
+    found = last_checkpoint(folder / "broken-ddp")
+    assert found.endswith("checkpoint-16") and (folder / "broken-ddp" / "bad-batch-16-1.safetensors").exists()
+    assert all(weight.isfinite().all() for weight in load_file(f"{found}/model.safetensors").values())
 
 
 def test_two_ranks_stop_at_the_same_step_when_one_of_them_is_told_to(folder):

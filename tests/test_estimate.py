@@ -257,14 +257,34 @@ def test_rows_of_super_resolution_are_laid_out_as_its_model_has_them(recipe, tmp
     assert cost.tokens == 2 * (len("a 16x16") + small + brackets + 12)  # the last four codes are not fed
 
 
-@pytest.mark.parametrize("name", ["emoji/stage1", "emoji/stage2", "emoji/stage3"])
+@pytest.mark.parametrize("name", ["emoji/stage1", "emoji/stage2", "emoji/stage3", "emoji/documents"])
 def test_the_recipes_of_mars_emoji_are_estimated_on_a_fresh_machine(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cost = estimate_cost(Recipe.load(name))
     assert cost.data == "assumed" and cost.steps == Recipe.load(name).training["max_steps"]
     stored = count_parameters(MarsConfig.from_pretrained(DEFAULT_CHECKPOINT))
     of_cells = {"visual embeddings"} if name == "emoji/stage3" else set()
-    assert {part for part in stored if stored[part] != cost.parameters[part]} == of_cells
+    sizes, expected = ({part: one.parameters for part, one in table.items()} for table in (cost.parameters, stored))
+    assert {part for part in stored if sizes[part] != expected[part]} == of_cells
+    assert (cost.parameters == stored) == (name in ("emoji/stage1", "emoji/stage2"))  # in what trains, too
+
+
+def test_an_assumed_document_costs_what_a_document_that_is_here_does(recipe, tmp_path):
+    picture = {"text": None, "image_codes": [0] * 8, "height": 16, "width": 8}
+    words = {"text": "abc", **dict.fromkeys(("image_codes", "height", "width"))}  # a byte a token
+    Dataset.from_list([{"segments": [words, picture] * 2}] * 2).to_parquet(tmp_path / "stories.parquet")
+    model = {"base": str(tmp_path / "base"), "config": {"codes_per_step": [2]}}
+    sizes = {"rows": 2, "prompt_tokens": 3, "image_size": [16, 8], "pictures": 2}
+
+    def cost(source, **assume):
+        data = [{"source": str(source), "task": "documents"}]
+        return estimate_cost(recipe(stage="documents", model=model, data=data, assume=assume, codes_per_step=[2]))
+
+    here, assumed = cost(tmp_path / "stories.parquet"), cost("far", **sizes)
+    assert here.data != assumed.data == "assumed" and here.tokens == 2 * 2 * (3 + 2 + 8 + 1)
+    assert (here.tokens, here.flops, here.memory) == (assumed.tokens, assumed.flops, assumed.memory)
+    with pytest.raises(ValueError, match="'documents' cannot be assumed without `assume.pictures`"):
+        cost("far", **sizes | {"pictures": None})
 
 
 def test_packed_rows_leave_less_padding_than_aligned_ones(recipe):

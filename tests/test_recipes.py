@@ -89,6 +89,7 @@ def test_the_papers_numbers_stand_in_its_recipes():
         (["training", "seed"], 1, "`training.seed` is set elsewhere"),
         (["training", "use_cpu"], True, "`training.use_cpu` is set elsewhere: .*CUDA_VISIBLE_DEVICES"),
         (["training", "label_smoothing_factor"], 0.1, "is set elsewhere: see `loss.label_spread`"),
+        (["training", "save_only_model"], True, "is set elsewhere: a checkpoint without the optimizer's state"),
         (["training", "train_sampling_strategy"], "random", "is set elsewhere: rows are shuffled by the recipe's own"),
         (["training", "save_strategy"], "epoch", "`training.save_strategy: epoch` would come once, at the end"),
         (["training", "adam_epsilon"], "small", "`training.adam_epsilon`"),

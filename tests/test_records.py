@@ -443,6 +443,8 @@ def test_a_source_that_is_not_there_is_refused(tmp_path: Path) -> None:
     for source in (tmp_path / "none", [tmp_path / "a.xyz", tmp_path / "b.xyz"]):
         with pytest.raises(ValueError, match="is no folder, no name on the Hub"):
             open_records(source)
+    with pytest.raises(FileNotFoundError, match="There is no folder data/none here, and no data set of that name"):
+        open_records("data/none")
     with pytest.raises(ValueError, match="no split 'validation', only 'train', 'test'"):
         open_records(write("saved splits", tmp_path, make_rows(2)), split="validation")
 

@@ -163,13 +163,16 @@ def test_packed_rows_have_the_loss_of_rows_by_themselves(make_tiny, tiny_process
     assert_equal_gradients(mine, gradients(model))
 
 
-def test_packs_hold_every_row_once_and_waste_little():
+@pytest.mark.parametrize("shortest", [20, 60])  # of 120; a pack holds about 7 rows, or 5 to 6
+def test_packs_hold_every_row_once_and_waste_little(shortest):
     rng = random.Random(0)
-    lengths = [rng.randint(20, 120) for _ in range(1024)]
+    lengths = [rng.randint(shortest, 120) for _ in range(1024)]
     packs = pack_rows(lengths, 512)
     assert sorted(row for pack in packs for row in pack) == list(range(1024))
     assert all(sum(lengths[row] for row in pack) <= 512 for pack in packs)
     assert sum(lengths) > 0.98 * 512 * len(packs)
+    assert pack_rows([], 8) == []
+    assert pack_rows([3, 3, 5, 4], 8) == [[2, 0], [3, 1]]
     with pytest.raises(ValueError, match="Row 1 has 9 tokens.*pack of 8"):
         pack_rows([3, 9], 8)
 
@@ -183,6 +186,17 @@ def test_a_packed_data_set_shows_every_row_of_a_mixture_once(make_tiny, tiny_pro
     assert packed.rows_of_a_pack() == 6 / len(
         pack_rows([len(ShiftedRow.of(data[n], make_tiny().config)) for n in range(6)], 64)
     )
+
+
+def test_packs_of_a_window_are_not_sorted_by_length_and_equal_rows_keep_their_order(make_tiny, tiny_processor):
+    rng, write, config = random.Random(0), tiny_processor.training_example, make_tiny().config
+    rows = [write("captioning", "a" * rng.randint(1, 50), [0] * 4, 8, 8) for _ in range(64)]
+    longest = [max(len(row["input_ids"]) for row in pack) for pack in PackedStream(rows, config, max_length=64)]
+    first, second = longest[: len(longest) // 2], longest[len(longest) // 2 :][: len(longest) // 2]
+    assert abs(sum(first) - sum(second)) < 0.2 * sum(first)
+    equal = [write("captioning", letter, [0] * 4, 8, 8) for letter in "abcdefg"]
+    packs = list(PackedStream(equal, config, max_length=3 * len(ShiftedRow.of(equal[0], config))))
+    assert packs == [equal[:3], equal[3:6], equal[6:]]
 
 
 def test_rows_one_after_the_other_are_the_rows_by_number(tiny_processor):
@@ -333,6 +347,36 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_batch(make_tiny, t
     expected = trainer.data_collator([data[2 * step], data[2 * step + 1]])
     assert torch.equal(load_file(kept)["input_ids"], expected["input_ids"])
     assert (tmp_path / f"checkpoint-{step}" / "trainer_state.json").exists()
+
+
+def test_frozen_weights_hold_no_gradients_and_no_optimizer_state(make_tiny, tiny_processor, tmp_path):
+    with_gradients = set()
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            with_gradients.update(name for name, weight in model.named_parameters() if weight.grad is not None)
+
+    model = make_tiny()
+    trainer = trainer_of(model, mixture(tiny_processor), tmp_path, callbacks=[Look()])
+    trainer.train()
+    visual = {name: weight for name, weight in model.named_parameters() if is_visual_parameter(name)}
+    optimized = [weight for group in trainer.optimizer.param_groups for weight in group["params"]]
+    assert with_gradients == set(visual)
+    assert set(map(id, optimized)) == set(map(id, trainer.optimizer.state)) == set(map(id, visual.values()))
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_a_gradient_that_is_no_number_stops_the_run_before_the_weights_change(
+    make_tiny, tiny_processor, tmp_path, max_grad_norm
+):
+    model = make_tiny()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    trainer = trainer_of(model, mixture(tiny_processor), tmp_path, changes={"max_grad_norm": max_grad_norm})
+    model.vision_head.weight.register_hook(lambda gradient: gradient * torch.inf)  # the loss is finite
+    with pytest.raises(FloatingPointError, match="norm of the gradients is (inf|nan) in step 0"):
+        trainer.train()
+    assert len(list(tmp_path.glob("bad-batch-0-*.safetensors"))) == 1
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
 def test_a_loss_that_is_no_number_is_one_line_on_the_command_line(capsys):

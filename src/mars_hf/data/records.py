@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, IterableDataset, load_dataset, load_from_disk
 from datasets import Image as ImageFeature
+from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from PIL import Image
@@ -580,7 +581,12 @@ def _load(
             f"{names[0]} is no folder, no name on the Hub, and no file that ends in {', '.join(BUILDERS)}. Name one; "
             "pictures go in a folder."
         )
-    return load_dataset(names[0], split=split, streaming=streaming, **options)
+    try:
+        return load_dataset(names[0], split=split, streaming=streaming, **options)
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"There is no folder {names[0]} here, and no data set of that name could be read from the Hub: {error}"
+        ) from error
 
 
 def has_splits(source: Any) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -199,7 +200,7 @@ def picture_inputs(
 
 def pack_rows(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     """
-    Pack rows by best fit, longest first.
+    Pack rows: the longest ones that leave room for two more, then the one or two that fill the rest best.
 
     Args:
         lengths (`Sequence[int]`): Tokens of each row.
@@ -215,22 +216,29 @@ def pack_rows(lengths: Sequence[int], max_length: int) -> list[list[int]]:
         >>> pack_rows([3, 6, 4, 5], max_length=9)
         [[1, 0], [3, 2]]
     """
-    packs: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        if lengths[index] > max_length:
+    for index, length in enumerate(lengths):
+        if length > max_length:
             raise ValueError(
-                f"Row {index} has {lengths[index]} tokens and does not fit a pack of {max_length}: raise `max_length` "
-                "or shorten captions."
+                f"Row {index} has {length} tokens and does not fit a pack of {max_length}: raise `max_length` or "
+                "shorten captions."
             )
-        fitting = [pack for pack, left in enumerate(room) if left >= lengths[index]]
-        if not fitting:
-            packs.append([])
-            room.append(max_length)
-            fitting = [len(packs) - 1]
-        best = min(fitting, key=lambda pack: room[pack])
-        packs[best].append(index)
-        room[best] -= lengths[index]
+    order = np.array(sorted(range(len(lengths)), key=lambda index: (lengths[index], -index)), dtype=np.int64)
+    sizes = np.array(lengths, dtype=np.int64)[order]
+    packs: list[list[int]] = []
+    while len(order):
+        places, room = [len(order) - 1], max_length - sizes[-1]
+        while (place := np.searchsorted(sizes[: places[-1]], room - sizes[:2].sum(), side="right") - 1) > 1:
+            places.append(int(place))
+            room -= sizes[place]
+        small = sizes[: places[-1]]
+        small = small[small <= room]
+        partner = np.minimum(np.searchsorted(small, room - small, side="right"), np.arange(len(small))) - 1
+        if len(small):
+            filled = small + np.where(partner < 0, 0, small[partner])
+            best = int((filled == filled.max()).nonzero()[0][-1])  # of equal ones those that come first
+            places += [best, int(partner[best])] if partner[best] >= 0 else [best]
+        packs.append(order[places].tolist())
+        order, sizes = np.delete(order, places), np.delete(sizes, places)
     return packs
 
 

@@ -464,25 +464,31 @@ def _assumed_batches(recipe: Recipe, config: MarsConfig) -> Iterator[tuple[float
 def _assumed_row(recipe: Recipe, config: MarsConfig, task: str, k: int) -> Row:
     """Write a row as the processor does, of the assumed lengths."""
     assumed = recipe.assume
-    needed = ["prompt_tokens", "image_size", *(["lowres_size"] if task == "super-resolution" else [])]
+    own = {"super-resolution": ["lowres_size"], "documents": ["pictures"]}
+    needed = ["prompt_tokens", "image_size", *own.get(task, [])]
     missing = [name for name in needed if getattr(assumed, name) is None]
-    if missing or task == "documents":
+    if missing:
         raise ValueError(
-            f"The data of the recipe are not here, and rows of {task!r} cannot be assumed"
-            + (f" without `assume.{missing[0]}`." if missing else ": their lengths are the documents' own.")
+            f"The data of the recipe are not here, and rows of {task!r} cannot be assumed without "
+            f"`assume.{missing[0]}`."
         )
     words, code = [WORD] * assumed.prompt_tokens, config.image_token_offset
     picture = [config.image_start_token_id] * k + [code] * _num_codes(assumed.image_size, config)
     if task == "captioning":
         ids = [*picture, config.image_end_token_id, WORD, *words, WORD]  # a line end before, the end of text behind
         labels = [IGNORED_LABEL] * (len(picture) + 1) + ids[len(picture) + 1 :]
+    elif task == "documents":
+        drawn = [picture[0], *[IGNORED_LABEL] * (k - 1), *picture[k:], IGNORED_LABEL]
+        ids = [*words, *picture, config.image_end_token_id] * assumed.pictures + [WORD]  # the end of text
+        labels = [*words, *drawn] * assumed.pictures + [WORD]
     else:
         if task == "super-resolution":
             low = [code] * _num_codes(assumed.lowres_size, config)
             words = [*words, config.lowres_start_token_id, *low, config.lowres_end_token_id]
         ids = [*words, *picture, config.image_end_token_id]
         labels = [IGNORED_LABEL] * (len(words) + k) + picture[k:] + [IGNORED_LABEL]
-    row = {"input_ids": ids, "labels": labels, "image_sizes": [assumed.image_size], "task": task}
+    sizes = [assumed.image_size] * (assumed.pictures if task == "documents" else 1)
+    row = {"input_ids": ids, "labels": labels, "image_sizes": sizes, "task": task}
     if task == "super-resolution" and config.lowres_embedding:
         row["enlarged_codes"] = [[0] * _num_codes(assumed.image_size, config)]
     return row

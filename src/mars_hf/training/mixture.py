@@ -40,7 +40,8 @@ class Source:
         weights (`torch.Tensor` of shape `(num,)`, *optional*): How often each record comes; once in a pass if None.
         code_noise (`float`, defaults to 0.0):
             Largest share of the codes fed of pictures that are drawn (and of those that super-resolution starts from,
-            and of all in a document) that are replaced by random ones (labels are not); each row draws its own share.
+            but not of `enlarged_codes`, and of all in a document) that are replaced by random ones (labels are not);
+            each row draws its own share.
             A picture of a small data set can be told by its first codes: without noise the model comes to lean on
             them instead of on the prompt, and goes astray on its own drawings.
         after_pass (`Callable`, *optional*): Called when a stream has been read to its end.
@@ -285,7 +286,8 @@ class PackedStream(IterableDataset):
     """
     Packs of rows that come one after the other, window after window.
 
-    Rows of a window are packed together (see [`pack_rows`]); what the last packs leave free is all that is wasted.
+    Rows of a window are packed together (see [`pack_rows`]), and its packs come in the order of their longest rows:
+    that has nothing to do with how long these are.
 
     Args:
         rows ([`MixtureStream`]): Of rows.
@@ -317,8 +319,8 @@ class PackedStream(IterableDataset):
     def _packs(self) -> Iterator[list[dict[str, Any]]]:
         rows = iter(self.rows)
         while members := list(islice(rows, self.window)):
-            for pack in pack_rows([len(ShiftedRow.of(row, self.config)) for row in members], self.max_length):
-                yield [members[place] for place in pack]
+            packs = pack_rows([len(ShiftedRow.of(row, self.config)) for row in members], self.max_length)
+            yield from ([members[place] for place in pack] for pack in sorted(packs))  # each has its longest row first
 
     def rows_of_a_pack(self) -> float:
         """Measure the mean number of rows of a pack, on the first window."""

@@ -52,6 +52,8 @@ SET_ELSEWHERE = {
     "train_sampling_strategy": "rows are shuffled by the recipe's own `seed`",
     "auto_find_batch_size": "rows are planned by `per_device_train_batch_size`",
     "label_smoothing_factor": "see `loss.label_spread`",
+    "save_only_model": "a checkpoint without the optimizer's state is not one that a run could go on from",
+    "ignore_data_skip": "a run goes on with the rows behind those that it has seen",
 }
 
 
@@ -417,9 +419,11 @@ class AssumedPart:
         vq_config (`dict`): Configuration of the VQ-GAN.
         config (`dict`): Other fields of [`MarsConfig`] that a `model.base` has which is not here.
         rows (`int`, *optional*): Rows of an epoch, of all sources together.
-        prompt_tokens (`int`, *optional*): Text tokens of a row: the caption with its size.
+        prompt_tokens (`int`, *optional*):
+            Text tokens of a row: the caption with its size; of a document, before each picture.
         image_size (`list[int]`, *optional*): Height and width of the pictures in pixels.
         lowres_size (`list[int]`, *optional*): Of the pictures that super-resolution starts from.
+        pictures (`int`, *optional*): Of a document.
 
     Raises:
         ValueError: If a number is impossible.
@@ -432,10 +436,11 @@ class AssumedPart:
     prompt_tokens: int | None = None
     image_size: list[int] | None = None
     lowres_size: list[int] | None = None
+    pictures: int | None = None
 
     def __post_init__(self) -> None:
         _refuse_unknown_fields("assume.config", self.config)
-        for name in ("rows", "prompt_tokens"):
+        for name in ("rows", "prompt_tokens", "pictures"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`assume.{name}` must be 1 or more, got {value}.")

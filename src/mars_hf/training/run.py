@@ -222,6 +222,8 @@ def _training_rows(
             raise ValueError("A stream does not say how long an epoch is: set `training.max_steps`.")
         of_a_step = batch * per_step * (1 if recipe.packing is None else stream.rows_of_a_pack())
         args.max_steps = max(int(args.num_train_epochs * rows / of_a_step), 1)
+        if recipe.packing is not None:  # none of a later epoch among them
+            stream.window = min(stream.window, max(int(args.num_train_epochs * rows), 1))
     _check_schedule(args)
     num_batches = args.max_steps * per_step
     # Streams end with the run, so that a run that has made all its steps is not begun anew.
@@ -350,13 +352,20 @@ def train(recipe: Recipe, out: str | Path, compile_pictures: bool = False, allow
 
 
 def _save_final(trainer: MarsTrainer, processor: MarsProcessor, final: Path, base: str | None) -> Path:
-    """Save what was trained in place of what an earlier run may have left there."""
+    """Save what was trained, whole, in place of what an earlier run may have left there."""
     scratch = final.with_suffix(".part")
     if trainer.args.should_save:
         shutil.rmtree(scratch, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+    if trainer.is_fsdp_enabled:  # whose checkpoints may be in pieces, of which the Trainer would save nothing here
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(scratch))
     if trainer.args.should_save:
+        if not any(scratch.glob("*.safetensors")):
+            raise RuntimeError(
+                f"No whole weights were saved in {scratch}: they are in pieces, in the last checkpoint. Under "
+                "DeepSpeed set `zero3_save_16bit_model: true`, and start the same run again."
+            )
         processor.save_pretrained(scratch)
         if base is not None:
             (scratch / ADAPTER_BASE).write_text(json.dumps({"sha256": base}), encoding="utf-8")

@@ -8,9 +8,10 @@ batches and can be compiled.
 """
 
 import hashlib
+import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import gather_object
@@ -103,6 +104,7 @@ class MarsTrainer(Trainer):
             )
         self._pictures = torch.compile(_picture_terms) if compile_pictures else _picture_terms
         self._notes: dict[str, torch.Tensor] = {}
+        self._last_batch: dict[str, Any] = {}
         self.add_callback(FrozenCheck(self.model))
         if self.args.enable_jit_checkpoint:
             self.add_callback(StopTogether(self.pop_callback(JITCheckpointCallback)))
@@ -133,6 +135,9 @@ class MarsTrainer(Trainer):
             # added up.
             exact = {"reduce_dtype": torch.float32, "output_dtype": None}
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, **exact)
+        if plugin is not None and self.args.accelerator_config.gradient_accumulation_kwargs is None:
+            # Else each process keeps whole gradients until the last batch of a step.
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int]:
         return SequentialSampler(self.train_dataset)  # the data set shuffles itself
@@ -192,20 +197,30 @@ class MarsTrainer(Trainer):
         return loss.detach(), None, None
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss, self._last_batch = super().training_step(model, inputs, num_items_in_batch), inputs
         if not torch.isfinite(loss):
-            path = (
-                Path(self.args.output_dir)
-                / f"bad-batch-{self.state.global_step}-{self.args.process_index}.safetensors"
-            )
-            tensors = {name: value.contiguous() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-            tensors.pop("shift_labels", None)  # the same memory as `labels`
-            save_file(tensors, path)
-            raise FloatingPointError(
-                f"The loss is {loss.item()} in step {self.state.global_step} on {inputs.get('task')}. The batch is in "
-                f"{path}; the last checkpoint is untouched. Lower the learning rate, or look at the batch."
-            )
+            self._stop(f"The loss is {loss.item()}")
         return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        # In float16 the scaler leaves out such a step by itself.
+        if norm is not None and self.accelerator.scaler is None and not math.isfinite(norm):
+            self._stop(f"The norm of the gradients is {float(norm)}")
+        return norm
+
+    def _stop(self, what: str) -> NoReturn:
+        """End the run before the weights change, with the last batch saved."""
+        step = self.state.global_step
+        path = Path(self.args.output_dir) / f"bad-batch-{step}-{self.args.process_index}.safetensors"
+        batch = self._last_batch
+        tensors = {name: value.contiguous() for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        tensors.pop("shift_labels", None)  # the same memory as `labels`
+        save_file(tensors, path)
+        raise FloatingPointError(
+            f"{what} in step {step} on {batch.get('task')}. The batch is in {path}; the last checkpoint is untouched. "
+            "Lower the learning rate, or look at the batch."
+        )
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
