@@ -266,6 +266,17 @@ def test_a_checkpoints_image_defaults_hold_in_image_mode_only_and_only_until_tol
     assert torch.equal(*texts)
 
 
+def test_a_checkpoints_guidance_is_of_pictures_and_leaves_text_alone(model):
+    ids, negative = prompt(model), null_prompt(model)
+    written = model.generate(ids, max_new_tokens=5, do_sample=False)
+    guided = draw(model, ids, guidance_scale=3.0, negative_input_ids=negative)
+    model.generation_config.guidance_scale = 3.0
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), written)
+    assert torch.equal(draw(model, ids, negative_input_ids=negative), guided)
+    with pytest.raises(ValueError, match="`guidance_scale` belongs to"):
+        model.generate(ids, GenerationConfig(max_new_tokens=5, guidance_scale=2.0))
+
+
 def test_default_size_is_the_configurations(model):
     drawn = model.generate(prompt(model), generation_mode="image", do_sample=False)
     side = model.config.default_image_size // model.config.downsample_factor

@@ -153,6 +153,24 @@ def test_cells_of_every_picture_are_those_of_the_forward(make_model):
             assert token == int(scores[place - 4, offset : offset + size].argmax()) + offset
 
 
+def test_image_defaults_of_a_checkpoint_hold_for_steps_and_guidance_until_told_otherwise(model):
+    rows, negative = prompts(model), null_rows(model, 2, 2)
+    options = {"max_new_tokens": 60, "negative_input_ids": negative}
+    asked = {"codes_per_step": 4, "guidance_schedule": "cosine", "guidance_interval": (0.2, 1.0)}
+    expected = write(model, rows, SIZES, **options, **asked, image_kwargs={"guidance_scale": 3.0})
+    plain = write(model, rows, SIZES, **options)
+    model.generation_config.image_defaults = {**asked, "guidance_scale": 3.0}
+    assert torch.equal(write(model, rows, SIZES, **options), expected) and not torch.equal(expected, plain)
+    told = {"codes_per_step": 1, "guidance_schedule": "constant", "guidance_interval": (0.0, 1.0)}
+    assert torch.equal(write(model, rows, SIZES, **options, **told, image_kwargs={"guidance_scale": 1.0}), plain)
+
+
+def test_documents_of_a_model_of_super_resolution_are_refused(make_model):
+    model = make_model(super_resolution_factor=2)
+    with pytest.raises(ValueError, match="draws from a small picture"):
+        write(model, prompts(model), SIZES, max_new_tokens=30)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

@@ -203,6 +203,21 @@ def test_sdpa_equals_eager(make_model):
     assert (eager(ids).logits - sdpa(ids).logits).nan_to_num().abs().max() < 1e-5
 
 
+def test_attention_with_a_mask_takes_what_a_kernel_gives_in_another_memory_order(make_model, monkeypatch):
+    model = make_model(attn_implementation="sdpa").double()
+    config, ids = model.config.text_config, torch.randint(3, 90, (2, 5))
+    assert 1 < config.num_key_value_heads < config.num_attention_heads
+    options = {"attention_mask": torch.tensor([[1] * 5, [0] * 2 + [1] * 3]), "generation_mode": "image"}
+    drawn = model.generate(ids, do_sample=False, **options)
+    attend = F.scaled_dot_product_attention
+
+    def positions_outside(*args, **kwargs):  # as the memory-efficient kernel of GPUs
+        return attend(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", positions_outside)
+    assert torch.equal(model.generate(ids, do_sample=False, **options), drawn)
+
+
 def test_gradient_checkpointing_changes_no_gradient(make_model):
     model = make_model().train()
     ids = mixed_ids(model)

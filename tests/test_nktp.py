@@ -202,6 +202,33 @@ def test_one_forward_over_a_drawing_gives_the_logits_that_drew_it(model, k):
     assert sequences[0, -1] == model.config.image_end_token_id and sequences.shape[1] == first + k + 17
 
 
+def test_processors_that_know_rows_by_their_number_see_each_row_in_every_slot(model):
+    config, ids = model.config, torch.randint(3, 90, (2, 5), generator=torch.Generator().manual_seed(2))
+    even = list(range(config.image_token_offset, config.image_token_offset + config.codebook_size, 2))
+    allowed = {0: even, 1: [code + 1 for code in even]}
+    options = {"codes_per_step": 4, "prefix_allowed_tokens_fn": lambda row, seen: allowed[row]}
+    drawn = model.collect_image_codes(draw(model, ids, **options))
+    assert [set((picture[0] % 2).flatten().tolist()) for picture in drawn] == [{0}, {1}]
+
+
+def test_a_penalty_on_padded_rows_spares_their_prompts_in_every_slot(model):
+    ids = torch.randint(3, 90, (1, 3), generator=torch.Generator().manual_seed(2))
+    options = {"codes_per_step": 4, "repetition_penalty": 1.3}
+    alone = draw(model, ids, **options)[0, 3:]
+    padded, mask = torch.cat([F.pad(ids, (2, 0)), ids.repeat(1, 2)[:, :5]]), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    both = draw(model, padded, attention_mask=mask, **options)
+    assert torch.equal(both[0, 5:], alone)
+
+
+def test_a_picture_of_blocks_in_the_prompt_is_read_as_one_whatever_is_drawn(make_model):
+    model = make_model(codes_per_step=[1, 4]).double()
+    prompt = rows_with_pictures(model, 4, counts=(8,))
+    sequences, scores = decoder_logits(model, prompt, 1)
+    offset, size = model.config.image_token_offset, model.config.codebook_size
+    expected = model(sequences).logits[:, prompt.shape[1] :, offset : offset + size]
+    assert (expected[:, : scores.shape[1]] - scores).abs().max() < 1e-10
+
+
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_left_padded_rows_of_different_sizes_draw_what_each_draws_alone(model, k, scale):

@@ -65,6 +65,8 @@ REFUSED = (
     "assistant_model",
     "custom_generate",
     "prefill_chunk_size",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
     "output_hidden_states",
     "output_attentions",
     "output_logits",
@@ -110,7 +112,7 @@ def code_warpers(settings: dict[str, Any]) -> LogitsProcessorList:
     if settings.get("do_sample"):
         if (temperature := settings.get("temperature")) not in (None, 1.0):
             warpers.append(TemperatureLogitsWarper(temperature))
-        if top_k := settings.get("top_k"):
+        if top_k := settings.get("top_k", 50):  # as transformers, where nothing is said
             warpers.append(TopKLogitsWarper(top_k))
         if (top_p := settings.get("top_p")) not in (None, 1.0):
             warpers.append(TopPLogitsWarper(top_p))
@@ -278,8 +280,10 @@ class MarsGenerationMixin(GenerationMixin):
         self, input_ids: torch.Tensor | None, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """Give a call of text mode its grammar: the vision head is not even computed."""
+        given, own = (getattr(one, "guidance_scale", None) for one in (generation_config, self.generation_config))
+        asked = {**kwargs, "guidance_scale": kwargs.get("guidance_scale", given if given != own else None)}
         for name in ("generator", "guidance_scale", "jacobi_window"):
-            if kwargs.get(name) is not None:
+            if asked.get(name) is not None:
                 raise ValueError(f'`{name}` belongs to `generation_mode="image"`, but this call writes text.')
         if isinstance(kwargs.get("streamer"), ImageStreamer):
             raise ValueError(
@@ -409,6 +413,15 @@ class MarsGenerationMixin(GenerationMixin):
         self, input_ids: torch.Tensor | None, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """Check a call of interleaved mode before any work, and give it sizes, settings of pictures and its length."""
+        if self.config.super_resolution_factor is not None:
+            raise ValueError(
+                "A model of super-resolution draws from a small picture, which documents have not: write them with "
+                "its base model."
+            )
+        defaults = getattr(self.generation_config, "image_defaults", None) or {}
+        told = {**(vars(generation_config) if generation_config else {}), **kwargs}
+        per_call = ("guidance_schedule", "guidance_interval", "codes_per_step")
+        kwargs |= {name: defaults[name] for name in per_call if name in defaults and told.get(name) is None}
         setting = self._setting_reader(generation_config, kwargs)
         input_ids = self._require_drawable("interleaved", input_ids, setting)
         kwargs |= {name: setting(name) for name in ("guidance_schedule", "guidance_interval")}
@@ -422,7 +435,6 @@ class MarsGenerationMixin(GenerationMixin):
         layout = PictureLayout.of(input_ids, config.image_token_offset, config.image_start_token_id)
         if bool((layout.place[:, -1] >= 0).any()):
             raise ValueError("A prompt ends inside a picture. Close it with `</img>`, or complete it in image mode.")
-        defaults = getattr(self.generation_config, "image_defaults", None) or {}
         given = kwargs.pop("image_kwargs", None) or {}
         if unknown := sorted(given.keys() - set(IMAGE_SETTINGS)):
             raise ValueError(f"`image_kwargs` takes {', '.join(IMAGE_SETTINGS)}; it does not know `{unknown[0]}`.")
@@ -594,10 +606,10 @@ class MarsGenerationMixin(GenerationMixin):
                     f'`generation_mode="{mode}"` samples or is greedy, but these settings ask for '
                     f"{generation_config.get_generation_mode().value}."
                 )
-            # Taken from the library, which would run a second, unbatched forward for it.
             if generation_config.guidance_scale is not None:
                 generation_config.image_guidance_scale = generation_config.guidance_scale
-            generation_config.guidance_scale = None
+        # Taken from the library, which would run a second, unbatched forward for it, of text as well.
+        generation_config.guidance_scale = None
         return generation_config, model_kwargs
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_cache_length):
@@ -783,8 +795,9 @@ class MarsGenerationMixin(GenerationMixin):
         k, is_guided = generation_config.codes_per_step, generation_config.image_guidance_scale != 1.0
         rows, mask = self._prompt_rows(input_ids, is_guided, **model_kwargs)
         sizes = image_sizes.repeat(len(rows) // len(input_ids), 1, 1)
+        longest = max(k, *self.config.trained_codes_per_step)  # with which a picture of the prompt may be drawn
         self._prefill_prompt(
-            rows, mask, synced_gpus, codes_per_step=k, image_sizes=sizes, logits_to_keep=1, **step_inputs
+            rows, mask, synced_gpus, codes_per_step=longest, image_sizes=sizes, logits_to_keep=1, **step_inputs
         )
         step = drawing.start(generation_config.initial_codes)
         if isinstance(streamer, ImageStreamer):
@@ -976,7 +989,7 @@ class MarsGenerationMixin(GenerationMixin):
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         inputs: dict[str, Any] = {"past_key_values": past_key_values, "use_cache": True, "logits_to_keep": 1}
-        inputs["codes_per_step"] = k
+        inputs["codes_per_step"] = max(k, *self.config.trained_codes_per_step)  # of the prompt's pictures
         if scale == 1.0 or negative_input_ids is None:
             positions = position_ids_of(attention_mask)
             inputs["image_sizes"] = image_sizes
@@ -1076,12 +1089,11 @@ class MarsGenerationMixin(GenerationMixin):
         if guidance is not None:
             conditional, unconditional = logits.chunk(2)
             logits = guided(conditional, unconditional, guidance[..., None].to(logits))
-        slots = logits.shape[1]
-        scores = logits[..., : self.config.codebook_size].flatten(0, 1)
+        scores = logits[..., : self.config.codebook_size]
         if all(isinstance(processor, VOCABULARY_BLIND) for processor in logits_processor):
-            return logits_processor(input_ids, scores).unflatten(0, (-1, slots))
-        seen = torch.cat([input_ids, drawn], dim=1).repeat_interleave(slots, dim=0)
-        widened = logits_processor(seen, self._widen(scores)).unflatten(0, (-1, slots))
+            return logits_processor(input_ids, scores.flatten(0, 1)).view_as(scores)
+        seen = torch.cat([input_ids, drawn], dim=1)  # processors may know rows by their number: slot by slot
+        widened = torch.stack([logits_processor(seen, self._widen(slot)) for slot in scores.unbind(1)], dim=1)
         return widened[..., self.config.image_token_offset :][..., : self.config.codebook_size]
 
     @staticmethod

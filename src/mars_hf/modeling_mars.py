@@ -144,7 +144,7 @@ def grouped_sdpa(
     queries = query.reshape(batch, key.shape[1], groups * length, head_dim)
     mask = attention_mask[..., : key.shape[-2]].repeat(1, 1, groups, 1)
     output = F.scaled_dot_product_attention(queries, key, value, attn_mask=mask, scale=scaling)
-    return output.view(batch, heads, length, head_dim).transpose(1, 2), None
+    return output.reshape(batch, heads, length, head_dim).transpose(1, 2), None  # kernels differ in memory order
 
 
 class MarsAttention(nn.Module):

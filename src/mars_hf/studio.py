@@ -212,7 +212,8 @@ class Studio:
         Raises:
             ValueError: If it cannot be read.
         """
-        inputs = self.processor(images=picture, return_tensors="pt").to(self.model.device)
+        k = self.model.config.trained_codes_per_step[0]
+        inputs = self.processor(images=picture, codes_per_step=k, return_tensors="pt").to(self.model.device)
         written = self.model.generate(**inputs, generation_mode="text", max_new_tokens=max_new_tokens, do_sample=False)
         (text,) = self.processor.post_process_image_text_to_text(written[:, inputs["input_ids"].shape[1] :])
         return text.strip()

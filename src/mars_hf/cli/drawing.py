@@ -66,7 +66,8 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="Less is safer. [default: the model's]")] = None,
     top_k: Annotated[int | None, typer.Option(help="Likeliest codes to choose from. [default: the model's]")] = None,
     codes_per_step: Annotated[
-        int | None, typer.Option(help="One that the model was trained for. [default: its first]")
+        int | None,
+        typer.Option(help="One that the model was trained for; of the small pictures. [default: its first]"),
     ] = None,
     super_resolution: Annotated[
         bool, typer.Option("--super-resolution", help="Draw them larger with the model that the checkpoint carries.")

@@ -65,7 +65,7 @@ class Drawer:
         if self.sampling["codes_per_step"] not in trained:
             raise ValueError(
                 f"The checkpoint was not trained to draw {self.sampling['codes_per_step']} codes a step, only "
-                f"{', '.join(map(str, trained))} (`config.codes_per_step`). Leave the run out."
+                f"{', '.join(map(str, trained))} (`config.codes_per_step`). Leave it out, or take one of these."
             )
         if model.vqgan is None:
             raise ValueError("The checkpoint has no VQ-GAN (`config.vq_config`): it cannot make pictures of codes.")
