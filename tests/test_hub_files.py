@@ -329,6 +329,29 @@ def test_a_failing_export_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == [checkpoint]
 
 
+def test_an_export_that_cannot_take_its_place_leaves_the_earlier_one_there(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, replace = hub.export_folder(checkpoint, tmp_path / "out"), os.replace
+    (out / "notes.txt").write_text("old")
+
+    def fails_on_the_new_one(source, target):
+        if Path(target) == out and Path(source).name != "replaced":
+            raise PermissionError("no")
+        replace(source, target)
+
+    monkeypatch.setattr(hub.os, "replace", fails_on_the_new_one)
+    with pytest.raises(PermissionError):
+        hub.export_folder(checkpoint, out, overwrite=True)
+    assert (out / "notes.txt").read_text() == "old" and (out / "config.json").exists()
+
+
+def test_whoever_may_read_an_exports_configuration_may_read_its_weights(tmp_path: Path, checkpoint: Path) -> None:
+    out = hub.export_folder(checkpoint, tmp_path / "out", weights_dtype="bfloat16", separate_frozen=True)
+    modes = {path.stat().st_mode for path in [*out.glob("*.safetensors"), out / "config.json"]}
+    assert len(list(out.glob("*.safetensors"))) == 2 and len(modes) == 1
+
+
 # The real thing, in processes of their own
 
 # As in an environment that holds four packages and what they need: all else cannot be imported, mars_hf first of all.

@@ -629,6 +629,19 @@ def test_too_many_pixels_are_refused_before_decoding():
         _pil(max_pixels=15)(_picture())
 
 
+def test_a_picture_that_would_become_too_large_by_scaling_is_refused():
+    assert _pil(max_pixels=1600, size=4)(_picture(2, 200))["pixel_values"][0].shape == (3, 4, 4)
+    with pytest.raises(ValueError, match="200 x 2 is too thin.* 400 x 4, more than 1599 pixels"):
+        _pil(max_pixels=1599, size=4)(_picture(2, 200))
+
+
+def test_a_download_without_end_is_refused(monkeypatch):
+    data = f"data:image/png;base64,{base64.b64encode(_file(_picture())).decode()}"
+    monkeypatch.setattr("mars_hf.image_processing_mars.DOWNLOAD_LIMIT", 20)
+    with pytest.raises(ValueError, match="has more than 20 bytes"):
+        _pil()(data)
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -172,7 +173,8 @@ def emoji_facts() -> CardFacts:
             "the visual part on captioned squares of 64 pixels (60 minutes, 6,500 steps of 64 rows, Muon and AdamW), "
             "these three in bfloat16 on a Xeon with AMX; super-resolution (60 minutes, 3,000 steps of 12 rows) and "
             "the adapter for stories (55 minutes, 1,000 steps of 32 rows, AdamW) on an EPYC without it. The recipes "
-            "are in the package: `mars-hf train --show emoji/stage1`, `emoji/stage3`, `emoji/documents`."
+            "are in the package: `mars-hf train --show emoji/stage1` (16,000 steps now, balanced between subjects), "
+            "`emoji/stage3`, `emoji/documents`."
         ),
     )
 
@@ -509,9 +511,18 @@ def _new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         folder = Path(scratch) / out.name
         folder.mkdir()
         yield folder
-        if out.exists():
-            os.replace(out, Path(scratch) / "replaced")
-        os.replace(folder, out)
+        mode = stat.S_IMODE((folder / "config.json").stat().st_mode)
+        for path in folder.rglob("*.safetensors"):  # which safetensors writes for the owner alone
+            path.chmod(mode)
+        replaced = Path(scratch) / "replaced"
+        try:
+            if out.exists():
+                os.replace(out, replaced)
+            os.replace(folder, out)
+        except BaseException:
+            if replaced.exists():
+                os.replace(replaced, out)
+            raise
 
 
 def _require_free(out: Path, overwrite: bool) -> None:
@@ -676,6 +687,8 @@ def model_card(folder: Path, facts: CardFacts, results: dict[str, Any] | None = 
     enlarger, enlarging = folder / ENLARGER, ""
     if enlarger.is_dir():
         enlarging = f"\n| the same of the model of super-resolution | {count_parameters(enlarger)['visual']:,} |"
+    has_output = config.get("expert_output_projection", False)
+    projections = "query, key, value and output" if has_output else "query, key and value"
     return f"""---
 license: {facts.license}
 language: [{", ".join(facts.languages)}]
@@ -688,8 +701,8 @@ tags: [custom_code, mars, image-to-text, any-to-any, autoregressive]
 {facts.summary}
 
 MARS is the model of [MARS: Mixture of Auto-Regressive Models for Fine-grained Text-to-image
-Synthesis](https://huggingface.co/papers/2407.07614): a frozen language model with visual experts beside its query, key
-and value projections and feed-forward blocks, which writes the codes of a VQ-GAN as it writes words.
+Synthesis](https://huggingface.co/papers/2407.07614): a frozen language model with visual experts beside its
+{projections} projections and feed-forward blocks, which writes the codes of a VQ-GAN as it writes words.
 
 ## Use
 
@@ -752,6 +765,13 @@ for part in document["generated_interleaved"]:
 pipe.model.disable_adapters()  # captions and single pictures are made without it
 ```
 """
+    plain = f"""
+```python
+(document,) = pipe({quoted[0]}, generation_mode="interleaved", max_new_tokens={min(200, context // 2)}, seed=0)
+for part in document["generated_interleaved"]:  # texts and pictures
+    print(part)
+```
+"""
     return f"""```python
 from transformers import pipeline
 
@@ -762,19 +782,15 @@ for number, pictures in enumerate(drawn):
 ```
 {larger}
 `num_images_per_prompt`, `negative_prompt`, `do_sample`, `temperature`, `top_k` and `top_p` pass through. The same
-model writes captions, and documents of text and pictures:
+model writes captions{"" if telling else ", and documents of text and pictures"}:
 
 ```python
 from transformers import pipeline
 
 pipe = pipeline("any-to-any", model="{folder.name}", trust_remote_code=True)
 print(pipe(images="picture-0.png", max_new_tokens=20)[0]["generated_text"])
-
-(document,) = pipe({quoted[0]}, generation_mode="interleaved", max_new_tokens={min(200, context // 2)}, seed=0)
-for part in document["generated_interleaved"]:  # texts and pictures
-    print(part)
 ```
-{telling}
+{telling or plain}
 The Auto classes load the parts: `AutoModel`, `AutoModelForMultimodalLM`, `AutoModelForImageTextToText` and
 `AutoModelForCausalLM` give the full model, `AutoProcessor`, `AutoImageProcessor`, `AutoTokenizer` and `AutoConfig`
 what belongs to it. The stock pipelines `image-text-to-text` and `text-generation` work, too; the latter tokenises

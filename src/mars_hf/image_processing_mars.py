@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.vq_model import VQModel
 
 DOWNLOAD_TIMEOUT = 30  # seconds
+DOWNLOAD_LIMIT = 2**28  # bytes
 OVERSHOOT = 0.05  # of shares of brightness that were resized
 MAX_UINT8, MAX_UINT16 = 255, 65535
 
@@ -103,7 +104,10 @@ def _file_of(source: bytes | str | Path) -> BytesIO | str | Path:
         # Not the library's `load_image`: it puts transparent pictures on black and cuts 16 bits to 8.
         request = urllib.request.Request(source, headers={"User-Agent": "mars_hf"})
         with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
-            return BytesIO(response.read())
+            data = response.read(DOWNLOAD_LIMIT + 1)
+        if len(data) > DOWNLOAD_LIMIT:
+            raise ValueError(f"it has more than {DOWNLOAD_LIMIT} bytes; download it yourself and give its path")
+        return BytesIO(data)
     try:
         return BytesIO(base64.b64decode(source, validate=True))
     except ValueError:
@@ -275,7 +279,7 @@ class _MarsImageProcessing:
                 raise ValueError(f"`size` must have 'height' and 'width', or 'shortest_edge', got {dict(size)}.")
             check_image_size(size.height or size.shortest_edge, size.width or size.shortest_edge, factor)
 
-    def _fit(self, image: Any, size: SizeDict, resample: Any, downsample_factor: int) -> Any:
+    def _fit(self, image: Any, size: SizeDict, resample: Any, downsample_factor: int, max_pixels: int) -> Any:
         """Scale until the picture just covers `size`, then cut the middle out; the aspect ratio is kept."""
         height, width = image.shape[-2:]
         if size.shortest_edge is not None:
@@ -285,6 +289,11 @@ class _MarsImageProcessing:
             scale = max(size.height / height, size.width / width)
             wanted = [size.height, size.width]
         covering = [max(round(side * scale), goal) for side, goal in zip((height, width), wanted, strict=True)]
+        if covering[0] * covering[1] > max(max_pixels, height * width):
+            raise ValueError(
+                f"A picture of {width} x {height} is too thin: it would be scaled to {covering[1]} x {covering[0]}, "
+                f"more than {max_pixels} pixels (`max_pixels`). Cut a piece out of it first."
+            )
         image = self.resize(image, SizeDict(height=covering[0], width=covering[1]), resample=resample)
         return self.center_crop(image, SizeDict(height=wanted[0], width=wanted[1]))
 
@@ -297,6 +306,7 @@ class _MarsImageProcessing:
         height: int | None,
         width: int | None,
         downsample_factor: int,
+        max_pixels: int,
         do_rescale: bool,
         rescale_factor: float,
         do_normalize: bool,
@@ -310,7 +320,7 @@ class _MarsImageProcessing:
             if height is not None:
                 image = self.resize(image, SizeDict(height=height, width=width), resample=resample)
             elif do_resize:
-                image = self._fit(image, size, resample, downsample_factor)
+                image = self._fit(image, size, resample, downsample_factor, max_pixels)
             check_image_size(image.shape[-2], image.shape[-1], downsample_factor)
             image = self.rescale(image, rescale_factor) if do_rescale else image
             image = self.normalize(image, image_mean, image_std) if do_normalize else image

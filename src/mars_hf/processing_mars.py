@@ -251,7 +251,9 @@ class MarsProcessor(ProcessorMixin):
                 processor's) divided by `super_resolution_factor`.
             lowres_codes (`list[torch.LongTensor]` of shape `(rows, columns)`, *optional*):
                 Their codes instead, as the base model drew them; they decide the size.
-            kwargs: Of the tokenizer (`padding`, `max_length`, `return_tensors`, ...) and the image processor.
+            kwargs:
+                Of the tokenizer (`padding`, `max_length`, `pad_to_multiple_of`, `return_tensors`) and the image
+                processor. Rows are padded on the left and never cut: one that is too long is refused.
 
         Returns:
             [`BatchFeature`]: With these fields, as far as they apply:
