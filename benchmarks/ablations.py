@@ -2,7 +2,8 @@
 The paper's ablations (its Tables 3 and 4) and our own, and next-K-token prediction in each order, on a model of half
 the width of mars-emoji.
 
-    python examples/train_text_model.py --data-cache data/packages --out runs/text-half --hidden-size 128 --compile
+    python examples/train_text_model.py --data-cache data/packages --out runs/text-half --hidden-size 128 \
+        --max-steps 1350 --compile
     encode="mars-hf data encode --model runs/vqgan"
     $encode --data data/emoji-64 --size 64 64 --out data/emoji-64-codes
     $encode --data data/emoji-64 --size 64 64 --split test --out data/emoji-64-codes

@@ -244,7 +244,7 @@ def export(
             typer.echo(upload_folder(out, push, private=not public))
 
 
-@app.command(epilog=examples("mars-hf convert --text Qwen-7B --vqgan vqgan-imagenet-f16-16384 --out mars-7b"))
+@app.command(epilog=examples("mars-hf convert --text Qwen-7B --vqgan amused-512/vqvae --unit-pixels --out mars-7b"))
 def convert(
     text: Annotated[Path, typer.Option(help="Language model: a folder with a Qwen or a Llama, or a GGUF file.")],
     vqgan: Annotated[Path, typer.Option(help="VQ-GAN: its folder, or its file of weights.")],
