@@ -41,6 +41,16 @@ def pixels(picture: Image.Image) -> list:
     return np.asarray(picture).tolist()
 
 
+def test_a_caption_is_asked_for_with_as_many_start_tokens_as_the_model_has_learnt(folder: Path, monkeypatch):
+    studio, asked = Studio.open(folder), []
+    studio.model.config.codes_per_step = [4, 1]
+    generate = studio.model.generate
+    monkeypatch.setattr(studio.model, "generate", lambda **inputs: (asked.append(inputs), generate(**inputs))[1])
+    studio.caption(Image.new("RGB", (SIDE, SIDE)), max_new_tokens=2)
+    start = studio.model.config.image_start_token_id
+    assert [(inputs["input_ids"] == start).sum().item() for inputs in asked] == [4]
+
+
 # ---- generate
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from mars_hf.generation_mars import code_warpers
+
 SIZES = torch.tensor([[[16, 16], [12, 20]], [[8, 16], [16, 8]]])  # in pixels, two pictures a row; 4 pixels a code
 
 
@@ -165,6 +167,14 @@ def test_image_defaults_of_a_checkpoint_hold_for_steps_and_guidance_until_told_o
     assert torch.equal(write(model, rows, SIZES, **options, **told, image_kwargs={"guidance_scale": 1.0}), plain)
 
 
+def test_pictures_that_are_sampled_take_the_librarys_top_k_unless_told_otherwise():
+    def top_k(**told):
+        return [one.top_k for one in code_warpers({"do_sample": True, **told}) if hasattr(one, "top_k")]
+
+    default = GenerationConfig._get_default_generation_params()["top_k"]
+    assert top_k() == [default] and top_k(top_k=7) == [7] and top_k(top_k=0) == top_k(top_k=None) == []
+
+
 def test_documents_of_a_model_of_super_resolution_are_refused(make_model):
     model = make_model(super_resolution_factor=2)
     with pytest.raises(ValueError, match="draws from a small picture"):
@@ -176,6 +186,7 @@ def test_documents_of_a_model_of_super_resolution_are_refused(make_model):
     [
         ({"num_beams": 2}, "no beams"),
         ({"output_scores": True}, "`output_scores` is not possible"),
+        ({"negative_prompt_ids": torch.ones(2, 3)}, "`negative_prompt_ids` is not possible"),
         ({"image_kwargs": {"top_q": 3}}, "does not know `top_q`"),
         ({"image_kwargs": {"guidance_scale": -1.0}}, "0 or more"),
         ({"image_kwargs": {"guidance_scale": 2.0}}, "needs `negative_input_ids`"),

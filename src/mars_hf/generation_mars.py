@@ -55,6 +55,7 @@ PAGED = "A paged cache (continuous batching) would write codes among words. Use 
 GENERATION_MODES = ("text", "image", "interleaved")
 CACHE_LENGTH_MULTIPLE = 128  # of static caches
 IMAGE_SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "guidance_scale")
+STEP_SETTINGS = {"codes_per_step", "guidance_schedule", "guidance_interval"}  # of pictures, in either mode
 # What the drawing loops would not honour, and therefore refuse: in both modes, and in one of them.
 REFUSED = (
     "stop_strings",
@@ -178,7 +179,8 @@ class MarsGenerationMixin(GenerationMixin):
                 Rows wait for the slowest one of their batch. 0 or None is off.
             image_kwargs (`dict`, *optional*):
                 Interleaved mode: `do_sample`, `temperature`, `top_k`, `top_p`, `min_p` and `guidance_scale` of
-                pictures, over `generation_config.image_defaults`; outside it they hold for words.
+                pictures, over `generation_config.image_defaults`; outside it they hold for words. K and the course of
+                guidance are read from those defaults, too; anything else there holds in image mode only.
             initial_codes (`list[torch.LongTensor]`, *optional*):
                 The first codes of each prompt's picture, in emission order; the rest is drawn.
             streamer (`BaseStreamer`, *optional*):
@@ -224,16 +226,23 @@ class MarsGenerationMixin(GenerationMixin):
             for name in ("attention_mask", "negative_input_ids", "negative_attention_mask"):
                 if kwargs.get(name) is not None:
                     kwargs[name] = kwargs[name].to(self.device)
-        if mode == "image":
+        if mode != "text":
             given = {**(vars(generation_config) if generation_config else {}), **kwargs}
-            defaults = getattr(self.generation_config, "image_defaults", None) or {}
-            kwargs |= {name: value for name, value in defaults.items() if given.get(name) is None}
+            defaults = self._image_defaults
+            # In documents all others are asked of words; those of pictures come as `image_kwargs`.
+            names = defaults if mode == "image" else STEP_SETTINGS & defaults.keys()
+            kwargs |= {name: defaults[name] for name in names if given.get(name) is None}
+        if mode == "image":
             kwargs = self._prepare_drawing(input_ids, generation_config, kwargs)
         elif mode == "interleaved":
             kwargs = self._prepare_document(input_ids, generation_config, kwargs)
         else:
             kwargs = self._prepare_writing(input_ids, generation_config, kwargs)
         return mode, input_ids, kwargs
+
+    @property
+    def _image_defaults(self) -> dict[str, Any]:
+        return getattr(self.generation_config, "image_defaults", None) or {}
 
     def _prompt_with_codes(self, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Check the prompt's ids and put the codes of its pictures in: once and first, so that they are returned."""
@@ -418,10 +427,6 @@ class MarsGenerationMixin(GenerationMixin):
                 "A model of super-resolution draws from a small picture, which documents have not: write them with "
                 "its base model."
             )
-        defaults = getattr(self.generation_config, "image_defaults", None) or {}
-        told = {**(vars(generation_config) if generation_config else {}), **kwargs}
-        per_call = ("guidance_schedule", "guidance_interval", "codes_per_step")
-        kwargs |= {name: defaults[name] for name in per_call if name in defaults and told.get(name) is None}
         setting = self._setting_reader(generation_config, kwargs)
         input_ids = self._require_drawable("interleaved", input_ids, setting)
         kwargs |= {name: setting(name) for name in ("guidance_schedule", "guidance_interval")}
@@ -438,7 +443,7 @@ class MarsGenerationMixin(GenerationMixin):
         given = kwargs.pop("image_kwargs", None) or {}
         if unknown := sorted(given.keys() - set(IMAGE_SETTINGS)):
             raise ValueError(f"`image_kwargs` takes {', '.join(IMAGE_SETTINGS)}; it does not know `{unknown[0]}`.")
-        settings = {"do_sample": setting("do_sample", False), **defaults, **given}
+        settings = {"do_sample": setting("do_sample", False), **self._image_defaults, **given}
         scales = (kwargs.pop("guidance_scale", None), getattr(generation_config, "guidance_scale", None))
         scale = next((scale for scale in scales if scale is not None), settings.get("guidance_scale", 1.0))
         self._check_guidance(scale, len(input_ids), kwargs)

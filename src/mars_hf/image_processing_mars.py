@@ -289,7 +289,7 @@ class _MarsImageProcessing:
             scale = max(size.height / height, size.width / width)
             wanted = [size.height, size.width]
         covering = [max(round(side * scale), goal) for side, goal in zip((height, width), wanted, strict=True)]
-        if covering[0] * covering[1] > max(max_pixels, height * width):
+        if covering[0] * covering[1] > max_pixels:
             raise ValueError(
                 f"A picture of {width} x {height} is too thin: it would be scaled to {covering[1]} x {covering[0]}, "
                 f"more than {max_pixels} pixels (`max_pixels`). Cut a piece out of it first."

@@ -207,7 +207,8 @@ def pack_rows(lengths: Sequence[int], max_length: int) -> list[list[int]]:
         max_length (`int`): Tokens of a pack.
 
     Returns:
-        `list[list[int]]`: Indices of the rows of each pack; every row stands in one.
+        `list[list[int]]`: Indices of the rows of each pack, the longest one first; every row stands in one. Packs are
+        sorted by that index, which has nothing to do with lengths.
 
     Raises:
         ValueError: If a row is longer than `max_length`.
@@ -239,7 +240,7 @@ def pack_rows(lengths: Sequence[int], max_length: int) -> list[list[int]]:
             places += [best, int(partner[best])] if partner[best] >= 0 else [best]
         packs.append(order[places].tolist())
         order, sizes = np.delete(order, places), np.delete(sizes, places)
-    return packs
+    return sorted(packs)
 
 
 __all__ = ["AlignedCollator", "PackedCollator", "ShiftedRow", "pack_rows", "picture_inputs"]

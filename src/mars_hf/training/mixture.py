@@ -286,8 +286,7 @@ class PackedStream(IterableDataset):
     """
     Packs of rows that come one after the other, window after window.
 
-    Rows of a window are packed together (see [`pack_rows`]), and its packs come in the order of their longest rows:
-    that has nothing to do with how long these are.
+    Rows of a window are packed together, and its packs come in the order of their longest rows; see [`pack_rows`].
 
     Args:
         rows ([`MixtureStream`]): Of rows.
@@ -319,8 +318,8 @@ class PackedStream(IterableDataset):
     def _packs(self) -> Iterator[list[dict[str, Any]]]:
         rows = iter(self.rows)
         while members := list(islice(rows, self.window)):
-            packs = pack_rows([len(ShiftedRow.of(row, self.config)) for row in members], self.max_length)
-            yield from ([members[place] for place in pack] for pack in sorted(packs))  # each has its longest row first
+            for pack in pack_rows([len(ShiftedRow.of(row, self.config)) for row in members], self.max_length):
+                yield [members[place] for place in pack]
 
     def rows_of_a_pack(self) -> float:
         """Measure the mean number of rows of a pack, on the first window."""
