@@ -501,7 +501,7 @@ def test_an_export_works_alone_with_all_auto_classes_and_the_pipeline(
 @pytest.mark.integration
 def test_every_block_of_the_card_runs_as_pasted(tmp_path: Path, exported: Path) -> None:
     blocks = re.findall(r"```(\w*)\n(.*?)```", (exported / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert [language for language, _ in blocks] == ["bash", "python", "python", "python"]
+    assert [language for language, _ in blocks] == ["bash", "python", "python", "python", "python"]
     # All that it installs is here already, so that pip, which may look nowhere, has nothing to do.
     offline = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PIP_NO_INDEX": "1"}
     installed = subprocess.run(["bash", "-ec", blocks[0][1]], capture_output=True, text=True, env={**SITE, **offline})
