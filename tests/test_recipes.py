@@ -79,6 +79,17 @@ def test_the_papers_numbers_stand_in_its_recipes():
     assert {"alignment", "refinement", "super-resolution", "documents"} == set(STAGES)
 
 
+def test_tasks_are_mixed_by_the_shares_of_the_stage_where_a_recipe_states_none():
+    assert all(sum(stage.tasks.values()) == pytest.approx(1) for stage in STAGES.values())
+    one = {"source": "a", "task": "text-to-image"}
+    parts = [one, {**one, "source": "b"}, {"source": "a", "task": "captioning"}]
+    found = Recipe.from_dict({**GOOD, "stage": "refinement", "data": parts})
+    assert [part.share for part in found.data] == [0.45, 0.45, 0.1]
+    assert Recipe.from_dict(found.to_dict()) == found
+    with pytest.raises(ValueError, match=r"not for b \(text-to-image\). State it for all of them, or for none"):
+        Recipe.from_dict({**GOOD, "data": [{**one, "share": 0.5}, {**one, "source": "b"}]})
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [

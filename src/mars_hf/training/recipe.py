@@ -7,7 +7,8 @@ unknown key or a contradiction is refused before anything is loaded, and one wit
 configuration is known ([`Recipe.check_model`]).
 """
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -65,7 +66,9 @@ class Stage:
     Args:
         trains (`str`): What trains.
         frozen (`str`): What does not.
-        tasks (`tuple[str, ...]`): What a recipe may train; the shares are the recipe's.
+        tasks (`dict[str, float]`):
+            What a recipe may train, and the task's share of the batches where the recipe's sources state none (the
+            paper states no shares).
         resolution (`str`): How pictures get their size.
         loss_scope (`str`): See [`HeadLoss`].
         codes_per_step (`tuple[int, ...]`): Each is trained, one a step.
@@ -74,7 +77,7 @@ class Stage:
 
     trains: str
     frozen: str
-    tasks: tuple[str, ...]
+    tasks: dict[str, float]
     resolution: str
     loss_scope: str
     codes_per_step: tuple[int, ...]
@@ -87,7 +90,7 @@ STAGES = {
     "alignment": Stage(
         VISUAL_PART,
         TEXT_PART,
-        ("text-to-image", "captioning"),
+        {"text-to-image": 0.5, "captioning": 0.5},
         "fixed: scaled until it covers a square, middle cut out",
         "joint",
         (1,),
@@ -96,7 +99,7 @@ STAGES = {
     "refinement": Stage(
         VISUAL_PART,
         TEXT_PART,
-        ("text-to-image", "captioning"),
+        {"text-to-image": 0.9, "captioning": 0.1},
         "aspect ratio kept, short side scaled, size told in the caption",
         "joint",
         (1,),
@@ -105,7 +108,7 @@ STAGES = {
     "super-resolution": Stage(
         VISUAL_PART,
         TEXT_PART,
-        ("super-resolution",),
+        {"super-resolution": 1.0},
         "low-resolution codes in the prompt, high-resolution codes drawn",
         "grammar",
         (4, 16),
@@ -114,7 +117,7 @@ STAGES = {
     "documents": Stage(
         VISUAL_PART,
         TEXT_PART,
-        ("documents", "text-to-image", "captioning"),
+        {"documents": 0.8, "text-to-image": 0.15, "captioning": 0.05},
         "as in the base model",
         "joint",
         (1,),
@@ -222,7 +225,9 @@ class DataPart:
         name (`str`, *optional*): Configuration of a data set on the Hub that has several.
         revision (`str`, *optional*): Branch, tag or commit of a data set on the Hub; only a commit stays what it is.
         task (`str`): One of the tasks of the stage.
-        share (`float`, defaults to 1.0): Share of batches.
+        share (`float`, *optional*):
+            Share of batches, for all sources or for none. Defaults to the stage's for the task (`STAGES`), divided
+            among the sources of this task.
         split (`str`, defaults to `"train"`): Which split.
         columns (`dict[str, str]`): Names in the source to ours.
         captions (`dict[str, Any]`):
@@ -248,7 +253,7 @@ class DataPart:
 
     source: str
     task: str
-    share: float = 1.0
+    share: float | None = None
     split: str = "train"
     columns: dict[str, str] = field(default_factory=dict)
     captions: dict[str, Any] = field(default_factory=lambda: {"form": "records"})
@@ -267,7 +272,7 @@ class DataPart:
 
     def __post_init__(self) -> None:
         self._check_encoding()
-        if self.share <= 0:
+        if self.share is not None and self.share <= 0:
             raise ValueError(f"`data.share` must be above 0, got {self.share}.")
         for name in ("code_noise", "drop_caption"):
             if not 0 <= getattr(self, name) <= 1:
@@ -499,6 +504,7 @@ class Recipe:
             raise ValueError("A recipe needs at least one source under `data`.")
         for part in self.data:
             _refuse_unknown("data.task", part.task, STAGES[self.stage].tasks, f" in the stage {self.stage}")
+        self._complete_shares()
         if self.codes_per_step is not None and (not self.codes_per_step or min(self.codes_per_step) < 1):
             raise ValueError(
                 f"`codes_per_step` lists every K that is trained, each 1 or more, got {self.codes_per_step}. Leave it "
@@ -512,6 +518,18 @@ class Recipe:
                 "A stream is read by one worker: set `training.dataloader_num_workers` to 0 or 1, got "
                 f"{self.training['dataloader_num_workers']}."
             )
+
+    def _complete_shares(self) -> None:
+        without = [part for part in self.data if part.share is None]
+        if 0 < len(without) < len(self.data):
+            raise ValueError(
+                f"`data.share` is stated for some sources, and not for {without[0].source} ({without[0].task}). State "
+                "it for all of them, or for none, to take the stage's."
+            )
+        sources = Counter(part.task for part in without)
+        if without:
+            shares = STAGES[self.stage].tasks
+            self.data = [replace(part, share=shares[part.task] / sources[part.task]) for part in self.data]
 
     def _check_training(self) -> None:
         self._type_training()

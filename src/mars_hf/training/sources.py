@@ -318,7 +318,8 @@ def build_source(
         options = {"weights": weights, "code_noise": part.code_noise, "drop_caption": part.drop_caption}
     write_caption = _caption_writer(part, rules.of_records)
     options |= {"name": part.source, "bad_records": bad, "after_pass": bad.finish}
-    source = CheckedSource(part.task, part.share, records, write_caption, **options)
+    share = 1.0 if part.share is None else part.share  # a recipe completes it: this one stands alone
+    source = CheckedSource(part.task, share, records, write_caption, **options)
     if not source.is_stream:
         _tell(part.source, bad)
     elif is_first and eval_split is None and args is not None and args.should_log:
