@@ -24,8 +24,10 @@ from mars_hf import DEFAULT_CHECKPOINT, MarsConfig, MarsForConditionalGeneration
 from mars_hf.evaluation.provenance import fingerprint
 from mars_hf.modeling_mars import is_visual_parameter
 from mars_hf.training import run, sources
+from mars_hf.training.mixture import MixtureStream, PackedStream
 from mars_hf.training.recipe import RECIPES, STAGES, AssumedPart, DataPart, ModelPart, Recipe
 from mars_hf.training.run import build_model, build_source, check_resumption, make_trainer, train
+from mars_hf.training.trainer import WINDOW
 from mars_hf.weights_mars import adapter_base, weight_files, weights_digest
 
 ROOT = Path(__file__).parent.parent
@@ -636,6 +638,29 @@ def test_a_finished_run_is_not_trained_on_when_its_line_is_repeated(folder, chan
     again = load_file(final)
     assert all(torch.equal(value, again[name]) for name, value in weights.items())
     assert sorted(path.name for path in (folder / "run").iterdir()) == kept
+
+
+def test_a_packed_run_goes_on_from_the_window_where_it_stopped(folder, monkeypatch):
+    class Small(PackedStream):
+        def __init__(self, rows, config, max_length):
+            super().__init__(rows, config, max_length, window=8)
+
+    monkeypatch.setattr(run, "PackedStream", Small)
+    training = {**GOOD["training"], "max_steps": 12, "save_steps": 6}
+    recipe = recipe_in(folder, training=training, packing=64, optimizer={"learning_rate": 1e-2})
+    final = train(recipe, folder / "run") / "model.safetensors"
+    weights = load_file(final)
+    number, before = json.loads((folder / "run" / "checkpoint-6" / WINDOW).read_text())
+    assert number > 0 and 0 < before < 12  # packs: two a step
+    shutil.rmtree(folder / "run" / "checkpoint-12")
+    written, write_row = [], MixtureStream.write_row
+    monkeypatch.setattr(
+        MixtureStream, "write_row", lambda self, index, row: written.append(index) or write_row(self, index, row)
+    )
+    train(recipe, folder / "run")
+    assert written[0] == 8 * number
+    again = load_file(final)
+    assert all(torch.equal(value, again[name]) for name, value in weights.items())
 
 
 def test_a_schedule_that_is_longer_than_the_run_is_refused(folder):

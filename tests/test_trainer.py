@@ -18,7 +18,7 @@ from mars_hf.cli.app import one_line_errors
 from mars_hf.modeling_mars import is_visual_parameter
 from mars_hf.training import trainer as trainer_module
 from mars_hf.training.collation import AlignedCollator, PackedCollator, ShiftedRow, pack_rows
-from mars_hf.training.mixture import MixtureDataset, MixtureStream, PackedStream, Source
+from mars_hf.training.mixture import MixtureDataset, MixtureStream, Pack, PackedStream, Source
 from mars_hf.training.muon import muon_with_adamw
 from mars_hf.training.text import last_checkpoint
 from mars_hf.training.trainer import MarsTrainer, StopTogether
@@ -186,6 +186,27 @@ def test_a_packed_data_set_shows_every_row_of_a_mixture_once(make_tiny, tiny_pro
     assert packed.rows_of_a_pack() == 6 / len(
         pack_rows([len(ShiftedRow.of(data[n], make_tiny().config)) for n in range(6)], 64)
     )
+
+
+def test_packs_behind_a_window_are_made_without_the_rows_before_it(make_tiny, tiny_processor, monkeypatch):
+    both = [
+        Source("text-to-image", 0.5, as_stream(records()), caption, code_noise=0.5),
+        Source("captioning", 0.5, records(height=8), caption),
+    ]
+    stream = MixtureStream(tiny_processor, both, 5, 8, buffer_size=3)
+    packed = PackedStream(stream, make_tiny().config, max_length=64, window=6)
+    packs = list(packed)
+    assert packs[0].window == (0, 0) and packs[-1].window[0] == 6  # of 40 rows
+    written, write_row = [], stream.write_row
+    monkeypatch.setattr(stream, "write_row", lambda index, record: written.append(index) or write_row(index, record))
+    for begin in {pack.window for pack in packs}:
+        packed.begin = begin
+        number, before = begin
+        again = list(packed)
+        assert again[:before] == [[]] * before and again[before:] == packs[before:]
+        assert written == list(range(6 * number, 40))
+        written.clear()
+    assert "input_ids" not in PackedCollator(make_tiny().config, 256, 64)([Pack()])
 
 
 def test_packs_of_a_window_are_not_sorted_by_length_and_equal_rows_keep_their_order(make_tiny, tiny_processor):

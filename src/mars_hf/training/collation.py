@@ -154,7 +154,14 @@ class PackedCollator:
         self.config, self.pad, self.max_length = config, pad_token_id, max_length
 
     def __call__(self, packs: Sequence[Sequence[Row]]) -> dict[str, Any]:
-        """Pack lists of rows, as [`pack_rows`] makes them, one list a packed row; see [`AlignedCollator`]."""
+        """
+        Pack lists of rows, as [`pack_rows`] makes them, one list a packed row; see [`AlignedCollator`]. Those of a
+        [`PackedStream`] tell their `window`, and empty ones, which stand for what a resumed run has behind it, nothing
+        else.
+        """
+        window = {"window": first} if (first := getattr(packs[0], "window", None)) else {}
+        if not any(packs):
+            return window
         lines = [[ShiftedRow.of(row, self.config) for row in pack] for pack in packs]
         ids = torch.full((len(packs), self.max_length), self.pad)
         labels = torch.full_like(ids, IGNORED_LABEL)
@@ -179,7 +186,7 @@ class PackedCollator:
         }
         sizes = [[size for row in rows for size in row.image_sizes] for rows in lines]
         enlarged = [[grid for row in rows for grid in row.enlarged] for rows in lines]
-        return {**batch, **picture_inputs(self.config, ids, sizes, enlarged)}
+        return {**batch, **window, **picture_inputs(self.config, ids, sizes, enlarged)}
 
 
 def picture_inputs(

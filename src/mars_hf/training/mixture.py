@@ -7,6 +7,7 @@ the number and the seed, so that a run that stops and resumes sees the same rows
 import hashlib
 import random
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, count, islice
@@ -223,7 +224,7 @@ class MixtureStream(Mixture, IterableDataset):
     The rows of a [`Mixture`] one after the other: of any sources, streams among them, which are shuffled in blocks
     (see [`ShuffledStream`]).
 
-    Each iteration begins at the first row: a run that resumes reads on to its place, and of several processes each
+    Each iteration begins at the first row, or at a later one ([`~MixtureStream.rows_from`]); of several processes each
     reads all and keeps its own. Of several workers of a process the first reads all, in order; the others are idle. A
     source that is a stream itself is read by one worker.
 
@@ -255,6 +256,10 @@ class MixtureStream(Mixture, IterableDataset):
         return self.num_batches * self.batch_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.rows_from(0)
+
+    def rows_from(self, first: int) -> Iterator[dict[str, Any]]:
+        """Give the rows from number `first` on. Those before are not written; streams are read up to there."""
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1 and any(source.is_stream for source in self.sources):
             raise ValueError(  # `datasets` would give each worker a part of the files
@@ -262,31 +267,51 @@ class MixtureStream(Mixture, IterableDataset):
             )
         if worker is not None and worker.id:
             return
-        records = {number: self._records_of(number) for number in sorted(set(self._passes))}
+        size, begin = self.batch_size, first // self.batch_size
+        batches = Counter(self._passes[self.source_number(batch)] for batch in range(begin))
+        before = {number: batches[number] * size for number in sorted(set(self._passes))}
+        before[self._passes[self.source_number(begin)]] += first % size
+        records = {number: self._records_of(number, place) for number, place in before.items()}
         try:
-            for batch in count() if self.num_batches is None else range(self.num_batches):
+            for batch in count(begin) if self.num_batches is None else range(begin, self.num_batches):
                 of_batch = records[self._passes[self.source_number(batch)]]
-                for index in range(batch * self.batch_size, (batch + 1) * self.batch_size):
+                for index in range(max(batch * size, first), (batch + 1) * size):
                     yield self.write_row(index, next(of_batch))
         finally:
             for source in self.sources:
                 if source.after_reading is not None:
                     source.after_reading()
 
-    def _records_of(self, number: int) -> Iterator[Record]:
+    def _records_of(self, number: int, first: int = 0) -> Iterator[Record]:
         source = self.sources[number]
         if source.is_stream:
             order = {"seed": self.seed * 1_009 + number, "buffer_size": self.buffer_size}
-            return iter(ShuffledStream(source.records, **order, after_pass=source.after_pass))
+            return islice(ShuffledStream(source.records, **order, after_pass=source.after_pass), first, None)
         order = self._order_of(number)
-        return (source.records[order[place]] for place in count())
+        return (source.records[order[place]] for place in count(first))
+
+
+class Pack(list):
+    """
+    The rows of a pack, and where a run that resumes behind it may begin.
+
+    Args:
+        rows (`Iterable[dict]`): Of [`MixtureStream`].
+        window (`tuple[int, int]`): The window that the rows are of, and how many packs come before it.
+    """
+
+    def __init__(self, rows: Iterable[dict[str, Any]] = (), window: tuple[int, int] = (0, 0)):
+        super().__init__(rows)
+        self.window = window
 
 
 class PackedStream(IterableDataset):
     """
     Packs of rows that come one after the other, window after window.
 
-    Rows of a window are packed together, and its packs come in the order of their longest rows; see [`pack_rows`].
+    Rows of a window are packed together, and its packs come in the order of their longest rows; see [`pack_rows`]. How
+    many packs a window gives is not known before it is packed, so that each pack tells its window: set as `begin`, the
+    rows before it are not written again, and empty packs stand for theirs.
 
     Args:
         rows ([`MixtureStream`]): Of rows.
@@ -306,20 +331,26 @@ class PackedStream(IterableDataset):
     ):
         self.rows, self.config, self.max_length, self.window = rows, config, max_length, window
         self.num_packs = num_packs
+        self.begin = (0, 0)
 
     def __len__(self) -> int:
         if self.num_packs is None:
             raise TypeError("How many packs the rows give is not known before they are packed.")
         return self.num_packs
 
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+    def __iter__(self) -> Iterator[Pack]:
         return islice(self._packs(), self.num_packs)
 
-    def _packs(self) -> Iterator[list[dict[str, Any]]]:
-        rows = iter(self.rows)
+    def _packs(self) -> Iterator[Pack]:
+        worker, (number, before) = get_worker_info(), self.begin
+        if worker is None or not worker.id:
+            yield from (Pack(window=self.begin) for _ in range(before))
+        rows = self.rows.rows_from(number * self.window) if number else iter(self.rows)  # type: ignore[attr-defined]
         while members := list(islice(rows, self.window)):
-            for pack in pack_rows([len(ShiftedRow.of(row, self.config)) for row in members], self.max_length):
-                yield [members[place] for place in pack]
+            packs = pack_rows([len(ShiftedRow.of(row, self.config)) for row in members], self.max_length)
+            for pack in packs:
+                yield Pack((members[place] for place in pack), (number, before))
+            number, before = number + 1, before + len(packs)
 
     def rows_of_a_pack(self) -> float:
         """Measure the mean number of rows of a pack, on the first window."""
@@ -328,4 +359,4 @@ class PackedStream(IterableDataset):
         return len(members) / len(packs)
 
 
-__all__ = ["TASKS", "Mixture", "MixtureDataset", "MixtureStream", "PackedStream", "Source"]
+__all__ = ["TASKS", "Mixture", "MixtureDataset", "MixtureStream", "Pack", "PackedStream", "Source"]

@@ -32,7 +32,7 @@ from .recipe import ADAPTED_MODULES, AdapterPart, DataPart, ModelPart, Recipe
 from .samples import SamplePictures
 from .sources import build_source, build_sources, fit_processor, rows_of_an_epoch
 from .text import last_checkpoint
-from .trainer import MarsTrainer
+from .trainer import WINDOW, MarsTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -343,7 +343,11 @@ def train(recipe: Recipe, out: str | Path, compile_pictures: bool = False, allow
     if recipe.model.adapter.r:  # whose checkpoints do not hold what it is on
         facts["base"] = weights_digest(weight_files(recipe.model.found_base))
     check_resumption(recipe, out, facts, allow_changes, writes=trainer.args.should_save)
-    trainer.train(resume_from_checkpoint=last_checkpoint(out))
+    checkpoint = last_checkpoint(out)
+    if checkpoint and isinstance(trainer.train_dataset, PackedStream) and not allow_changes:
+        window = Path(checkpoint) / WINDOW
+        trainer.train_dataset.begin = tuple(json.loads(window.read_text())) if window.exists() else (0, 0)
+    trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.state.global_step < trainer.state.max_steps:
         logger.warning(f"Stopped at step {trainer.state.global_step}, with a checkpoint: the same line goes on.")
         return out

@@ -8,6 +8,7 @@ batches and can be compiled.
 """
 
 import hashlib
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from .muon import ChainedOptimizer
 logger = logging.get_logger(__name__)
 
 TERMS = ("loss", "code", "text", "gate", "num_codes", "num_words")
+WINDOW = "window.json"  # in a checkpoint: where a packed stream begins that goes on from it
 CODES = "codes"  # under which the counts of codes are noted, beside the tasks
 
 
@@ -105,6 +107,7 @@ class MarsTrainer(Trainer):
         self._pictures = torch.compile(_picture_terms) if compile_pictures else _picture_terms
         self._notes: dict[str, torch.Tensor] = {}
         self._last_batch: dict[str, Any] = {}
+        self._window: tuple[int, int] | None = None
         self.add_callback(FrozenCheck(self.model))
         if self.args.enable_jit_checkpoint:
             self.add_callback(StopTogether(self.pop_callback(JITCheckpointCallback)))
@@ -164,6 +167,9 @@ class MarsTrainer(Trainer):
     ) -> Any:
         inputs = dict(inputs)
         task, labels = inputs.pop("task"), inputs.pop("labels")
+        window = inputs.pop("window", None)
+        if model.training:
+            self._window = window
         prompt_length, num_drawn = inputs.pop("prompt_length", 0), inputs.pop("num_drawn", 0)
         if self.prompts_without_gradient and prompt_length:
             terms = self._terms_behind_prompts(model, inputs, prompt_length, num_drawn)
@@ -224,6 +230,8 @@ class MarsTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
+        if self._window is not None and self.args.should_save:
+            (Path(output_dir) / WINDOW).write_text(json.dumps(self._window), encoding="utf-8")
         # The Trainer's state comes next, and says that a checkpoint is complete: of the other processes, too.
         self.accelerator.wait_for_everyone()
 
@@ -399,4 +407,4 @@ def _picture_terms(
     return model(**rest, past_key_values=DynamicCache(prefix), modality="image", use_cache=True, head_loss=head_loss)
 
 
-__all__ = ["FrozenCheck", "MarsTrainer", "StopTogether", "frozen_hashes", "prompt_states"]
+__all__ = ["WINDOW", "FrozenCheck", "MarsTrainer", "StopTogether", "frozen_hashes", "prompt_states"]
